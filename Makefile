@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all check clean
+
+demo: .venv/.installed  ## profile, allocate, fine-tune, compare on the embedded model; ends with a table and a report
+	$(BIN)/hydra-vlm tune --out runs/demo
+
+test: .venv/.installed  ## the tests, without the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/.installed  ## the tests, the slow ones too
+	$(BIN)/pytest
+
+check: .venv/.installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""Benchmarks: loading and generation apart from scoring; one small file per benchmark."""

@@ -1,0 +1,216 @@
+"""One configuration for every command: a YAML file plus dotted overrides, checked against typed fields. No torch.
+
+    load_config("my.yaml", ["budget.rank=8", "training.learning_rate=1e-3"])
+
+An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hydra_vlm.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """Where the records come from: a built-in set (`demo`, `easy-vqa`), or LLaVA-format files of your own."""
+
+    train: str = Field("demo", description="`demo`, `easy-vqa`, or a LLaVA-format JSON file")
+    validation: Path | None = Field(None, description="a file like `train`, for the validation loss")
+    tests: dict[str, Path] = Field({}, description="name: a file like `train`, for the short-answer accuracy")
+    images: Path | None = Field(None, description="the image folder (default: each file's own folder)")
+    template: str = Field("v1-short", description="v1, v1-short or plain")
+    max_length: int = Field(1024, gt=0, description="longest conversation in tokens, image tokens counted")
+    validation_limit: int | None = Field(1000, gt=0, description="use at most so many validation records")
+
+
+class BudgetConfig(_Section):
+    """C: what uniform LoRA at `rank` would cost, or a number of `parameters`."""
+
+    rank: int | None = Field(4, ge=1)
+    parameters: int | None = Field(None, ge=1)
+
+
+class ProfileConfig(_Section):
+    """The short LoRA run that measures gradient norms."""
+
+    steps: int = Field(60, gt=1)
+    skip: int = Field(10, ge=1, description="first steps left out: B starts at zero, so A has no gradient at step 1")
+    rank: int | None = Field(None, ge=1, description="rank of the measuring LoRA (default: the budget's)")
+    seed: int = 0
+
+
+class AllocationConfig(_Section):
+    """How ranks follow from the profile (Eq. 5-10)."""
+
+    n_stages: int = Field(3, ge=1)
+    delta: int = Field(1, ge=1, description="Δd, the step between stages")
+    step: int | None = Field(None, ge=1, description="step of R_1 (default Δd)")
+    setting: int = Field(1, ge=1, le=5, description="Table VI's setting for fine ranks, rule `paper`")
+    rule: Literal["paper", "profile"] = "paper"
+    seed: int = 0
+
+
+class ScalingConfig(_Section):
+    """LoRA's update is scaled by α/r: `constant` keeps α/r at `value`; `fixed` keeps α; `rslora` uses value/√r."""
+
+    rule: Literal["constant", "fixed", "rslora"] = "constant"
+    value: float = Field(2.0, gt=0)
+
+
+class TrainingConfig(_Section):
+    """Stage II: LoRA in the decoder plus the projector, frozen tower, AdamW, cosine with warm-up."""
+
+    steps: int | None = Field(400, gt=0, description="optimizer steps (default: `epochs`)")
+    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    projector_learning_rate: float | None = Field(None, gt=0, description="default: the learning rate")
+    batch_size: int = Field(32, gt=0, description="global batch: per-device batch x accumulation x devices")
+    device_batch_size: int | None = Field(None, gt=0, description="what fits on one device (default: the global batch)")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    save_steps: int = Field(100, gt=0)
+    cache_gigabytes: float = Field(
+        2.0, ge=0, description="keep tower features in memory if they take no more than this"
+    )
+
+
+class EvaluationConfig(_Section):
+    """Greedy short answers on the test file."""
+
+    limit: int | None = Field(1000, gt=0, description="a seeded sample of each test file (null: all)")
+    batch_size: int = Field(200, gt=0)
+    max_new_tokens: int = Field(8, gt=0)
+    zero_shot: bool = Field(True, description="score the model as it came, too")
+
+
+class Config(_Section):
+    """A whole run: `hydra-vlm tune` reads all of it, the other commands the parts that they need."""
+
+    model: str = Field("embedded", description="`embedded`, or the folder of a saved model")
+    data: DataConfig = DataConfig()
+    budget: BudgetConfig = BudgetConfig()
+    profile: ProfileConfig = ProfileConfig()
+    allocation: AllocationConfig = AllocationConfig()
+    schedules: tuple[str, ...] = ("uniform", "coarse", "fine")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    scaling: ScalingConfig = ScalingConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (none: the embedded default) and apply overrides such as `training.steps=50`.
+
+    Raises:
+        ConfigError: naming the key, the value, the place and, for an unknown key, the nearest known one.
+    """
+    values: dict[str, Any] = {}
+    place = "the overrides"
+    if path is not None:
+        place = str(path)
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {path} does not exist") from None
+        except yaml.YAMLError as problem:
+            raise ConfigError(f"{path} is not valid YAML: {problem}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold keys and values, found {type(values).__name__}")
+    for override in overrides:
+        _assign(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as problem:
+        raise ConfigError(_explain(problem, place)) from None
+
+
+def split_overrides(words: Sequence[str]) -> list[str]:
+    """`key.sub=value` and `--key.sub value` (or `--key.sub=value`) alike as `key.sub=value`.
+
+    Raises:
+        ConfigError: a word is neither.
+    """
+    overrides: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        key = word.removeprefix("--").replace("-", "_") if word.startswith("--") else word
+        if "=" in word:
+            name, value = word.removeprefix("--").split("=", 1)
+            overrides.append(f"{name.replace('-', '_')}={value}")
+        elif word.startswith("--"):
+            value = next(waiting, "")
+            if not value:
+                raise ConfigError(f"option {word} lacks its value: write {word} VALUE or {key}=VALUE")
+            overrides.append(f"{key}={value}")
+        else:
+            raise ConfigError(f"argument {word!r} is neither a configuration file nor key.sub=value")
+    return overrides
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, _, text = override.partition("=")
+    *sections, leaf = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        target[leaf] = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as problem:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML ({problem})") from None
+
+
+def _explain(problem: ValidationError, place: str) -> str:
+    lines = []
+    for error in problem.errors():
+        key = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r} in {place}{_nearest(key)}")
+        else:
+            lines.append(f"key {key!r} in {place}: {error['msg']} (found {error['input']!r})")
+    return "; ".join(lines)
+
+
+def _nearest(key: str) -> str:
+    """The known key that the writer probably meant: alike as a whole, or alike in its last part."""
+    known = _keys(Config)
+    leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7) or [leaves[name] for name in leaf]
+    return f": did you mean {close[0]!r}?" if close else f": known keys are {', '.join(Config.model_fields)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Sequence[str]:
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        found.append(prefix + name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += _keys(inner, f"{prefix}{name}.")
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,1 @@
+"""Instruction data: LLaVA-format records, templates and label masks, collation, built-in data sets."""

@@ -1,0 +1,60 @@
+"""Features of a frozen vision tower, computed once per image and kept in memory.
+
+A frozen tower gives the same features at every step, epoch and trial, so a data set that fits is encoded once.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hydra_vlm.errors import DataError
+
+
+def load_image(path: str) -> Image.Image:
+    """Open and fully decode an image as RGB.
+
+    Raises:
+        DataError: naming the file and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as problem:
+        raise DataError(f"image {path} cannot be read ({problem})") from None
+
+
+def feature_bytes(model: Any, images: int) -> int:
+    """What the features of that many images take in memory, in bytes."""
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return images * patches * vision.hidden_size * next(model.parameters()).element_size()
+
+
+def encode_once(
+    model: Any, processor: Any, paths: Iterable[str], batch: int = 64, progress: Any = iter
+) -> dict[str, Tensor]:
+    """Tower features by image path, each [patches, width] on the CPU in the model's dtype.
+
+    `progress` wraps the iterator over batches (tqdm, for instance).
+    """
+    wanted = sorted(set(paths))
+    tower = next(model.parameters())
+    features: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for chunk in progress([wanted[i : i + batch] for i in range(0, len(wanted), batch)]):
+            pixels = processor.pixels([load_image(path) for path in chunk])
+            encoded = model.encode_images(pixels.to(tower.device, tower.dtype)).cpu()
+            features.update(zip(chunk, encoded, strict=True))
+    return features
+
+
+def image_inputs(paths: Sequence[str], features: Mapping[str, Tensor] | None, processor: Any) -> dict[str, Tensor]:
+    """The model's image argument for these images in order: stored features where there are any, else pixels."""
+    if not paths:
+        return {}
+    if features is not None:
+        return {"image_features": torch.stack([features[path] for path in paths])}
+    return {"pixel_values": processor.pixels([load_image(path) for path in paths])}

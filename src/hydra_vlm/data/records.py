@@ -1,0 +1,136 @@
+"""LLaVA-format instruction data: a JSON list of records, images in a folder beside it. No torch.
+
+A record: `id`, optional `image` (path relative to the image folder), `conversations` (alternating `human` and `gpt`
+turns); `<image>` stands once, in the first human turn, if and only if there is an image. An optional `task` groups
+records in reports; other keys are ignored.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from hydra_vlm.errors import DataError
+
+IMAGE_TOKEN = "<image>"
+T = TypeVar("T")
+_SHOWN = 10  # how many bad records one error lists
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One instruction record; `image` is an absolute path, `rounds` are (human, gpt) pairs."""
+
+    id: str
+    image: str | None
+    rounds: tuple[tuple[str, str], ...]
+    task: str = ""
+
+
+def read_records(path: Path, images: Path | None = None) -> list[Record]:
+    """Read a LLaVA-format file; `images` is the image folder (default: the folder of the file).
+
+    Raises:
+        DataError: naming file, index and reason for (up to ten of) the bad records.
+    """
+    folder = Path(images) if images else Path(path).parent
+    try:
+        raw = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise DataError(f"data file {path} does not exist: give the path of a LLaVA-format JSON file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise DataError(f"{path} is not valid JSON ({problem}): it must hold one list of records") from None
+    if not isinstance(raw, list) or not raw:
+        raise DataError(f"{path} must hold a non-empty JSON list of records, found {type(raw).__name__}")
+    records, problems = [], []
+    for index, item in enumerate(raw):
+        try:
+            records.append(_record(item, index, folder))
+        except ValueError as problem:
+            problems.append(f"record {index}: {problem}")
+    _raise(path, problems)
+    return records
+
+
+def check_images(path: Path, records: Sequence[Record]) -> None:
+    """Decode every image once, before any training.
+
+    Raises:
+        DataError: naming file, index and reason for missing, truncated or undecodable images.
+    """
+    problems, checked = [], set()
+    for index, record in enumerate(records):
+        if record.image is None or record.image in checked:
+            continue
+        checked.add(record.image)
+        try:
+            with Image.open(record.image) as image:
+                image.load()
+        except FileNotFoundError:
+            problems.append(f"record {index} (id {record.id}): image {record.image} does not exist")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+            problems.append(f"record {index} (id {record.id}): image {record.image} cannot be read ({problem})")
+    _raise(path, problems)
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write LLaVA-format records as they are, one JSON list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(records), indent=0))
+
+
+def sample(items: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:
+    """At most `limit` items (None: all), chosen by `seed`, in their original order."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+
+
+def _record(item: Any, index: int, folder: Path) -> Record:
+    if not isinstance(item, dict):
+        raise ValueError(f"must be an object, found {type(item).__name__}")
+    turns = item.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("`conversations` must be a non-empty list of turns")
+    rounds = tuple(_rounds(turns))
+    image = item.get("image")
+    marks = [human.count(IMAGE_TOKEN) for human, _ in rounds]
+    if image is not None and sum(marks) == 0:
+        raise ValueError(f"names image {image!r} but no human turn contains {IMAGE_TOKEN}: put it in the first one")
+    if image is None and sum(marks) > 0:
+        raise ValueError(f"contains {IMAGE_TOKEN} but names no `image`")
+    if sum(marks) > 1 or (sum(marks) == 1 and marks[0] == 0):
+        raise ValueError(f"{IMAGE_TOKEN} must stand exactly once, in the first human turn (found per turn: {marks})")
+    location = None
+    if image is not None:
+        location = folder / str(image)
+        if not location.is_file():
+            raise ValueError(f"image {location} does not exist")
+    return Record(str(item.get("id", index)), str(location) if location else None, rounds, str(item.get("task", "")))
+
+
+def _rounds(turns: list[Any]) -> Iterable[tuple[str, str]]:
+    for position, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {position} must be an object with a string `value`")
+        expected = ("human", "gpt")[position % 2]
+        if turn.get("from") != expected:
+            raise ValueError(f"turn {position} must be from {expected!r}, found {turn.get('from')!r}")
+    if len(turns) % 2:
+        raise ValueError(f"{len(turns)} turns: every human turn needs an answer")
+    for human, answer in zip(turns[::2], turns[1::2], strict=True):
+        if not answer["value"].strip():
+            raise ValueError("has an empty answer")
+        yield human["value"], answer["value"]
+
+
+def _raise(path: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    shown = "\n  ".join(problems[:_SHOWN])
+    more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise DataError(f"{path}: {len(problems)} bad record(s), nothing was trained:\n  {shown}{more}")

@@ -1,0 +1,60 @@
+"""Every error that hydra-vlm raises on purpose.
+
+HydraError
+├─ ConfigError         a key or value of the configuration
+├─ BudgetError         a budget that no schedule of the requested form meets
+├─ StageError          a partition into stages that cannot be
+├─ GraphMismatchError  a profile, schedule or adapter of another model
+├─ AdapterError        PEFT built something else than was asked
+├─ DataError           an instruction record, an image, a data folder
+└─ RunFolderError      an output folder that holds something else
+
+Each message names the rule, the value, the place and the remedy.
+"""
+
+
+class HydraError(Exception):
+    """Anything a user can put right; the command line prints it without a traceback."""
+
+
+class ConfigError(HydraError):
+    """A key or a value of the configuration is wrong."""
+
+
+class BudgetError(HydraError):
+    """No schedule of the requested form meets the budget.
+
+    `nearest` says in words which request would do; where known, `budget` is the smallest number of parameters
+    with which the same request works, and `n_stages` the largest number of stages that the budget serves.
+    """
+
+    def __init__(self, message: str, nearest: str = "", budget: int | None = None, n_stages: int | None = None) -> None:
+        super().__init__(f"{message} {nearest}".strip())
+        self.nearest = nearest
+        self.budget = budget
+        self.n_stages = n_stages
+
+
+class StageError(HydraError):
+    """The layers cannot be partitioned as asked; `nearest` and `n_stages` (where known) say what can be."""
+
+    def __init__(self, message: str, nearest: str = "", n_stages: int | None = None) -> None:
+        super().__init__(f"{message} {nearest}".strip())
+        self.nearest = nearest
+        self.n_stages = n_stages
+
+
+class GraphMismatchError(HydraError):
+    """A profile, schedule or adapter belongs to another model."""
+
+
+class AdapterError(HydraError):
+    """The adapter built differs from the schedule asked for."""
+
+
+class DataError(HydraError):
+    """An instruction record, an image or a data folder is unusable."""
+
+
+class RunFolderError(HydraError):
+    """The output folder holds a run of another configuration."""

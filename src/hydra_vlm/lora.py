@@ -1,0 +1,376 @@
+"""Rank schedules become PEFT adapters, verified: what was built is compared with what was asked, every time.
+
+Traps of PEFT 0.21 that this file steps around: lists of target modules match suffixes, so a vision tower with the
+same module names would be adapted too, and overlapping pattern keys change their precedence on saving. Targets are
+therefore one regular expression that fits whole names, and pattern keys are whole names anchored with "^".
+"""
+
+import hashlib
+import math
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hydra_vlm.errors import AdapterError, ConfigError, GraphMismatchError, HydraError, RunFolderError
+from hydra_vlm.files import read_json, write_json
+from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.schedule import RankSchedule
+
+ADAPTER = "default"
+"""PEFT's name of the only adapter."""
+
+WRAPPED = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
+
+CONFIG, WEIGHTS, SCHEDULE, PROJECTOR = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "schedule.json",
+    "projector.safetensors",
+)
+FOLDER_CONTENT = frozenset({CONFIG, WEIGHTS, SCHEDULE, PROJECTOR, "README.md"})
+
+
+def lora_config(schedule: RankSchedule, parts: ModelParts, dropout: float = 0.0) -> LoraConfig:
+    """The PEFT configuration of a schedule: ranks and scales per module, rank 0 left out of the targets.
+
+    `r` is the largest rank, since servers check nothing else against their limit; modules of other ranks have a key in
+    `rank_pattern`, and in `alpha_pattern` where their alpha differs.
+
+    Raises GraphMismatchError for a schedule of other shapes, AdapterError when it adapts nothing.
+    """
+    require_schedule_fits(schedule, parts.graph)
+    ranks = {name: rank for name, rank in zip(parts.names(), schedule.ranks, strict=True) if rank}
+    if not ranks:
+        raise AdapterError(
+            f"schedule {schedule.name!r} has rank 0 everywhere, so there is nothing to adapt: give at least one "
+            "projection a rank of 1 or more."
+        )
+    top = max(ranks.values())
+    stabilised = schedule.scaling.rule == "rslora"
+
+    def alpha(rank: int) -> float:
+        exact = schedule.scaling.value if stabilised else schedule.scaling.alpha(rank)
+        return int(exact) if float(exact).is_integer() else exact
+
+    return LoraConfig(
+        r=top,
+        lora_alpha=alpha(top),
+        lora_dropout=dropout,
+        use_rslora=stabilised,
+        target_modules=_whole_names(ranks, parts.layers),
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != top},
+        alpha_pattern={f"^{re.escape(name)}": alpha(rank) for name, rank in ranks.items() if alpha(rank) != alpha(top)},
+        fan_in_fan_out=parts.transposed,
+    )
+
+
+def attach(
+    model: nn.Module,
+    schedule: RankSchedule,
+    parts: ModelParts | None = None,
+    seed: int | None = None,
+    dropout: float = 0.0,
+) -> PeftModel:
+    """The model with the schedule's adapter, all else frozen; the adapter's output is zero until B is trained.
+
+    With `seed`, A is drawn per module from that seed and the module's name, and a smaller rank gets the first rows of
+    what a larger rank would: schedules to be compared share as much of the initial noise as their ranks allow. Without,
+    PEFT draws from torch's global generator; the distribution is the same.
+
+    Raises GraphMismatchError for a schedule of other shapes; AdapterError when the adapter built is not the one asked
+    for, or PEFT warns. The model is then as it was.
+    """
+    _require_bare(model)
+    parts = parts if parts is not None else find_parts(model)
+    config = lora_config(schedule, parts, dropout)
+    with _strict(model, f"adapter of schedule {schedule.name!r}"):
+        peft_model: PeftModel = get_peft_model(model, config)
+        _verify(peft_model, schedule, parts)
+        _verify_trainable(peft_model, schedule, parts)
+        layers = _adapted(peft_model)
+        for name, layer in layers.items():
+            layer.train(layer.get_base_layer().training)  # new dropout layers start in training mode
+            if seed is not None:
+                _draw(layer, seed, name)
+    return peft_model
+
+
+def ranks_of(peft_model: PeftModel, parts: ModelParts) -> tuple[int, ...]:
+    """The ranks of the adapter's tensors, aligned with `parts.graph.projections`; 0 where nothing is adapted."""
+    layers = _adapted(peft_model)
+    return tuple(layers[name].lora_A[ADAPTER].weight.shape[0] if name in layers else 0 for name in parts.names())
+
+
+def save_adapter(
+    peft_model: PeftModel,
+    folder: str | Path,
+    schedule: RankSchedule,
+    parts: ModelParts,
+    projector_state: bool,
+) -> None:
+    """Writes a plain PEFT folder with `schedule.json` and, with `projector_state`, `projector.safetensors` beside it.
+
+    The projector's keys are relative to the projector. It is not stored as PEFT's `modules_to_save`, which vLLM and
+    llama.cpp refuse. The folder appears whole or not at all; an earlier adapter in its place is replaced.
+
+    Raises AdapterError when the model does not carry this schedule or has no projector, RunFolderError when the folder
+    holds anything but an adapter.
+    """
+    folder = Path(folder)
+    others = (
+        sorted(path.name for path in folder.iterdir() if path.name not in FOLDER_CONTENT) if folder.exists() else []
+    )
+    if others:
+        raise RunFolderError(f"{folder} is not an adapter's folder: it holds {others[0]}. Choose another folder.")
+    _verify(peft_model, schedule, parts)
+    projector = _projector(peft_model.get_base_model(), parts).state_dict() if projector_state else None
+    draft = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    # PEFT's automatic answer about embeddings, which are never trained here, would ask the hub.
+    peft_model.save_pretrained(str(draft), save_embedding_layers=False)
+    write_json(draft / SCHEDULE, schedule.to_json())
+    if projector is not None:
+        save_file({key: value.cpu().contiguous() for key, value in projector.items()}, draft / PROJECTOR)
+    if folder.exists():
+        retired = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)
+        folder.rename(retired)
+        draft.rename(folder)
+        shutil.rmtree(retired)
+    else:
+        draft.rename(folder)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, parts: ModelParts | None = None, trainable: bool = False
+) -> PeftModel:
+    """The model with an adapter that `save_adapter` wrote, and the projector's weights in place where it wrote them.
+
+    Raises GraphMismatchError for an adapter of another model; AdapterError when a file is missing or damaged, or the
+    adapter does not have the ranks and scales of its schedule. The model is then as it was.
+    """
+    _require_bare(model)
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS, SCHEDULE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} has no {name}: it is not an adapter saved by hydra-vlm.")
+    parts = parts if parts is not None else find_parts(model)
+    schedule = read_schedule(folder / SCHEDULE)
+    require_schedule_fits(schedule, parts.graph)
+    with _strict(model, f"adapter in {folder}"):
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        _verify(peft_model, schedule, parts)
+        if trainable:
+            _verify_trainable(peft_model, schedule, parts)
+        if (folder / PROJECTOR).is_file():
+            _load_projector(model, parts, folder / PROJECTOR)
+    return peft_model
+
+
+def read_schedule(path: str | Path) -> RankSchedule:
+    """The schedule in a JSON file; raises ConfigError that names the file when it is not one."""
+    try:
+        return RankSchedule.from_json(read_json(Path(path)))
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def merge(peft_model: PeftModel, check_inputs: Mapping[str, Any] | None = None, tolerance: float = 1e-4) -> nn.Module:
+    """The base model with the adapter added into its weights.
+
+    With `check_inputs` (keyword arguments of the model's forward), logits before and after are compared: their largest
+    difference may be `tolerance` times the largest logit. The default suits float32; bfloat16 weights need about 5e-2.
+
+    Raises AdapterError when logits differ by more or are not finite; the weights have been merged by then.
+    """
+    before = None if check_inputs is None else _logits(peft_model, check_inputs)
+    try:
+        merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise AdapterError(f"the adapter cannot be merged: {error}") from error
+    if before is not None and check_inputs is not None:
+        difference = float((_logits(merged, check_inputs) - before).abs().max())
+        allowed = tolerance * float(before.abs().max())
+        if not difference <= allowed:  # also true for NaN
+            raise AdapterError(
+                f"merging changed the logits by {difference:.3g}, more than the {allowed:.3g} allowed: the weights' "
+                f"precision ({next(merged.parameters()).dtype}) is too low for this adapter. Merge in float32."
+            )
+    return merged
+
+
+def detach(peft_model: PeftModel) -> nn.Module:
+    """The base model without the adapter, bit-equal to what it was in weights; parameters stay frozen.
+
+    Raises AdapterError when the adapter is merged into the weights.
+    """
+    if any(layer.merged for layer in _adapted(peft_model).values()):
+        raise AdapterError("the adapter is merged into the weights: unmerge it before detaching.")
+    base: nn.Module = peft_model.unload()
+    return base
+
+
+def require_schedule_fits(schedule: RankSchedule, graph: ComputationGraph) -> None:
+    """Raises GraphMismatchError, naming the first difference, unless the schedule has the graph's projections."""
+    asked, there = schedule.graph.projections, graph.projections
+    if asked == there:
+        return
+    ours, theirs = next((a, b) for a, b in zip_longest(asked, there) if a != b)
+
+    def text(p: Any) -> str:
+        return f"layer {p.layer + 1} {p.component} {p.in_features}x{p.out_features}" if p else "nothing more"
+
+    raise GraphMismatchError(
+        f"schedule {schedule.name!r} is for {schedule.graph.name!r} ({schedule.graph.n_layers} layers, "
+        f"{len(asked)} projections), the model is {graph.name!r} ({graph.n_layers} layers, {len(there)} projections): "
+        f"the schedule has {text(ours)} where the model has {text(theirs)}. Make a schedule for this model."
+    )
+
+
+def _whole_names(names: Iterable[str], layers: str) -> str:
+    """A regular expression that fits these names as a whole and no other; layers are grouped to keep it short."""
+    numbers: dict[str, list[str]] = {}
+    for name in names:
+        number, _, path = name.removeprefix(f"{layers}.").partition(".")
+        numbers.setdefault(path, []).append(number)
+    choices = (rf"(?:{'|'.join(found)})\.{re.escape(path)}" for path, found in numbers.items())
+    return rf"{re.escape(layers)}\.(?:{'|'.join(choices)})"
+
+
+def _adapted(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """Every LoRA layer by its name in the base model."""
+    return {n: m for n, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+
+
+def _require_bare(model: nn.Module) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError("the model carries an adapter already: detach or merge it first.")
+
+
+@contextmanager
+def _strict(model: nn.Module, what: str) -> Iterator[None]:
+    """PEFT's warnings and errors become AdapterError; on any error the model gets its own modules back."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        # Deprecations and torch's remarks on the machine (an old driver) are not about the request.
+        about_us = [
+            w for w in caught if issubclass(w.category, UserWarning | RuntimeWarning) and "/torch/" not in w.filename
+        ]
+        if about_us:
+            raise AdapterError(f"{what}: PEFT warns: {about_us[0].message}")
+    except Exception as error:
+        _strip(model)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+        if isinstance(error, HydraError):
+            raise
+        raise AdapterError(f"{what}: PEFT fails with {type(error).__name__}: {error}") from error
+
+
+def _strip(model: nn.Module) -> None:
+    """Puts base modules back where an adapter was built, wholly or in part."""
+    wrappers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, wrapper in wrappers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapper.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _verify(peft_model: PeftModel, schedule: RankSchedule, parts: ModelParts) -> None:
+    """Raises AdapterError unless modules, ranks and scales are exactly the schedule's."""
+    layers = _adapted(peft_model)
+    stray = sorted(set(layers) - set(parts.names()))
+    if stray:
+        raise AdapterError(f"PEFT adapted {len(stray)} modules outside the decoder's layers, such as {stray[0]}.")
+    built = ranks_of(peft_model, parts)
+    for name, got, asked in zip(parts.names(), built, schedule.ranks, strict=True):
+        if got != asked:
+            raise AdapterError(f"{name}: the adapter has rank {got}, schedule {schedule.name!r} asks for {asked}.")
+        if asked:
+            scale, wanted = layers[name].scaling[ADAPTER], schedule.scaling.scale(asked)
+            if not math.isclose(scale, wanted, rel_tol=1e-9):
+                raise AdapterError(
+                    f"{name}: the adapter's scale is {scale}, the {schedule.scaling.rule} rule asks for {wanted}."
+                )
+
+
+def _verify_trainable(peft_model: PeftModel, schedule: RankSchedule, parts: ModelParts) -> None:
+    """Raises AdapterError unless A and B of the schedule's modules, and nothing else, are trainable: g(G, Z)."""
+    trainable = {name: p.numel() for name, p in peft_model.named_parameters() if p.requires_grad}
+    intended = {
+        f"{WRAPPED}{name}.lora_{matrix}.{ADAPTER}.weight"
+        for name, rank in zip(parts.names(), schedule.ranks, strict=True)
+        for matrix in "AB"
+        if rank
+    }
+    wrong = sorted(set(trainable) ^ intended)
+    if wrong:
+        state = "trainable, but not in the schedule" if wrong[0] in trainable else "in the schedule, but not trainable"
+        raise AdapterError(f"{len(wrong)} parameters are not as intended: {wrong[0]} is {state}.")
+    count = sum(trainable.values())
+    if count != schedule.parameters:
+        raise AdapterError(f"{count:,} LoRA parameters are trainable, the schedule has {schedule.parameters:,}.")
+
+
+def _draw(layer: LoraLayer, seed: int, name: str) -> None:
+    """A ~ U(-b, b) with b = 1/sqrt(in), which is PEFT's kaiming_uniform(a = sqrt(5)); B stays zero."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    weight = layer.lora_A[ADAPTER].weight
+    rank, features = weight.shape
+    rows = torch.rand(rank, features, generator=generator)
+    with torch.no_grad():
+        weight.copy_((2 * rows - 1) / math.sqrt(features))
+
+
+def _projector(model: nn.Module, parts: ModelParts) -> nn.Module:
+    if parts.projector is None:
+        raise AdapterError(f"{parts.graph.name!r} has no projector, so there are no projector weights to keep.")
+    return model.get_submodule(parts.projector)
+
+
+def _load_projector(model: nn.Module, parts: ModelParts, path: Path) -> None:
+    projector = _projector(model, parts)
+    state: dict[str, Tensor] = load_file(path)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    wanted = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    wrong = sorted(shapes.items() ^ wanted.items())
+    if wrong:
+        key = wrong[0][0]
+        raise AdapterError(
+            f"{path} does not fit the projector {parts.projector}: {key} is {shapes.get(key, 'absent')} in the file "
+            f"and {wanted.get(key, 'absent')} in the model."
+        )
+    projector.load_state_dict(state)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Float32 logits in evaluation mode; each module's own mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        logits: Tensor = model(**inputs).logits
+        return logits.float()
+    finally:
+        for module in training:
+            module.training = True

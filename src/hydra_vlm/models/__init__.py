@@ -1,0 +1,1 @@
+"""The vision-language models hydra-vlm works on."""

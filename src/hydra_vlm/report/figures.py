@@ -1,0 +1,346 @@
+"""The report's figures, Plotly figures made of records; colours stay apart for the colour-blind.
+
+Layers count from 1 here, as in the paper; components carry the paper's symbols. Text from outside is escaped,
+since Plotly reads its labels as markup.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+from hydra_vlm.graph import PAPER_SYMBOLS
+from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.records import TrialRecord
+from hydra_vlm.report.comparison import Measure
+from hydra_vlm.report.statistics import Interval
+from hydra_vlm.schedule import RankSchedule, Stages, format_stages
+
+INK, GRID, MUTED = "#1f2933", "#e4e7eb", "#7b8794"
+ORANGE, BLUE, VERMILION = "#e69f00", "#0072b2", "#d55e00"
+TRIAL_COLOURS = {
+    "zero-shot": "#9aa5b1",
+    "uniform": "#3e4c59",
+    "coarse": ORANGE,
+    "fine": BLUE,
+    "full": "#9aa5b1",
+}
+OTHER_COLOURS = ("#009e73", "#cc79a7", VERMILION, "#56b4e9", "#8c6d1f", "#5d4a9c")
+"""After Okabe and Ito, who chose colours that all kinds of colour vision tell apart."""
+
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "x")
+RANK_SCALE = ((0.0, "#e08214"), (0.5, "#f0f2f5"), (1.0, "#4393c3"))
+BAND = "rgba(123,135,148,0.18)"
+
+
+def layer_curve(profile: GradientNormProfile, stages: Stages | None) -> go.Figure:
+    """Gradient norm of each layer with its spread over steps, coloured by stage (the paper's Fig. 3)."""
+    norms, spread = profile.layer_norms(), profile.layer_spread()
+    x = list(range(1, len(norms) + 1))
+    upper = [n + s for n, s in zip(norms, spread, strict=True)]
+    lower = [max(0.0, n - s) for n, s in zip(norms, spread, strict=True)]
+    figure = _figure(height=380)
+    figure.add_scatter(
+        x=x + x[::-1],
+        y=upper + lower[::-1],
+        fill="toself",
+        fillcolor=BAND,
+        mode="none",
+        name="± 1 s.d. over steps",
+        hoverinfo="skip",
+    )
+    figure.add_scatter(x=x, y=norms, mode="lines", line_color=MUTED, line_width=1.5, showlegend=False, hoverinfo="skip")
+    for i, (stage, colour) in enumerate(_stage_colours(stages or (tuple(range(len(norms))),))):
+        figure.add_scatter(
+            x=[layer + 1 for layer in stage],
+            y=[norms[layer] for layer in stage],
+            mode="markers",
+            marker={
+                "size": 10,
+                "color": colour,
+                "symbol": MARKERS[i % len(MARKERS)],
+                "line": {"color": "white", "width": 1},
+            },
+            name=f"stage {i + 1}: layers {format_stages((stage,))}" if stages else "layer",
+            hovertemplate="layer %{x}: %{y:.4g}<extra></extra>",
+        )
+    figure.update_xaxes(
+        title_text="decoder layer",
+        dtick=_layer_step(len(norms)),
+        tick0=_layer_step(len(norms)),
+        range=[0.4, len(norms) + 0.6],
+    )
+    figure.update_yaxes(title_text="gradient norm (L2)", rangemode="tozero")
+    return figure
+
+
+def component_bars(profile: GradientNormProfile) -> go.Figure:
+    """Gradient norm of each component, mean over layers, for A, B and both together (the paper's Table I)."""
+    parts = component_parts(profile)
+    names = [_label(symbol(component)) for component in parts]
+    figure = _figure(height=360)
+    for part, label, colour in ((0, "A", "#56b4e9"), (1, "B", ORANGE)):
+        figure.add_bar(
+            x=names,
+            y=[values[part] for values in parts.values()],
+            name=label,
+            marker_color=colour,
+            hovertemplate=f"%{{x}}, {label}: %{{y:.4g}}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=names,
+        y=[fmean(values) for values in parts.values()],
+        mode="markers",
+        marker={"symbol": "diamond", "size": 10, "color": INK, "line": {"color": "white", "width": 1}},
+        name="mean of A and B",
+        hovertemplate="%{x}, mean: %{y:.4g}<extra></extra>",
+    )
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(title_text="gradient norm (L2)", rangemode="tozero")
+    return figure
+
+
+def component_parts(profile: GradientNormProfile) -> dict[str, tuple[float, float]]:
+    """For each component, the mean over layers of A's norm and of B's."""
+    pairs: dict[str, list[tuple[float, float]]] = {component: [] for component in profile.graph.components}
+    for pair, projection in zip(profile.mean, profile.graph.projections, strict=True):
+        pairs[projection.component].append(pair)
+    return {c: (fmean(a for a, _ in values), fmean(b for _, b in values)) for c, values in pairs.items()}
+
+
+def rank_map(schedule: RankSchedule, reach: float) -> go.Figure:
+    """Ranks as a layers × components map with the number in each cell.
+
+    Grey is the rank of uniform LoRA on the same budget, blue is above it and orange below; `reach` is the
+    distance from it (in ranks) with full colour, common to maps that are to be compared.
+    """
+    graph, middle = schedule.graph, schedule.budget / schedule.graph.cost
+    layers = schedule.by_layer()
+    ranks = [[layer.get(component) for component in graph.components] for layer in layers]
+    figure = _figure(height=96 + 23 * graph.n_layers)
+    figure.add_heatmap(
+        z=ranks,
+        x=[_label(symbol(component)) for component in graph.components],
+        y=list(range(1, graph.n_layers + 1)),
+        zmin=middle - reach,
+        zmax=middle + reach,
+        colorscale=[list(stop) for stop in RANK_SCALE],
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        texttemplate="%{z}",
+        textfont={"size": 12, "color": INK},
+        hovertemplate="layer %{y}, %{x}: rank %{z}<extra></extra>",
+        hoverongaps=False,
+    )
+    figure.update_xaxes(side="top", showgrid=False, ticks="", tickfont_size=12, tickangle=0)
+    figure.update_yaxes(
+        title_text="decoder layer", autorange="reversed", dtick=1, showgrid=False, ticks="", tickfont_size=11
+    )
+    figure.update_layout(margin={"t": 34, "b": 8, "l": 44, "r": 8})
+    return figure
+
+
+def rank_reach(schedules: Sequence[RankSchedule]) -> float:
+    """The largest distance of a rank from uniform LoRA's on the same budget, at least 1."""
+    return max(
+        [1.0] + [abs(rank - schedule.budget / schedule.graph.cost) for schedule in schedules for rank in schedule.ranks]
+    )
+
+
+def budget_bars(schedules: Sequence[RankSchedule]) -> go.Figure:
+    """LoRA parameters of each schedule as a bar, with its budget as a line across it."""
+    shown = list(schedules)[::-1]  # Plotly draws the first bar lowest
+    names = [_label(schedule.name) for schedule in shown]
+    figure = _figure(height=110 + 34 * len(shown))
+    figure.add_bar(
+        y=names,
+        x=[schedule.parameters for schedule in shown],
+        orientation="h",
+        marker={
+            "color": [VERMILION if schedule.over_budget else BLUE for schedule in shown],
+            "pattern_shape": ["/" if schedule.over_budget else "" for schedule in shown],
+        },
+        width=0.6,
+        text=[_usage(schedule) for schedule in shown],
+        textposition="inside",
+        insidetextanchor="start",
+        textfont_color="white",
+        name="LoRA parameters",
+        hovertemplate="%{y}: %{x:,} parameters<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[schedule.budget for schedule in shown],
+        y=names,
+        mode="markers",
+        marker={"symbol": "line-ns", "size": 26, "line": {"color": INK, "width": 3}},
+        name="budget",
+        hovertemplate="%{y}: budget %{x:,}<extra></extra>",
+    )
+    top = max(max(schedule.parameters, schedule.budget) for schedule in shown)
+    figure.update_xaxes(title_text="trainable LoRA parameters", range=[0, top * 1.04], nticks=6)
+    figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
+    """Training loss over optimizer steps, one line for each trial name: mean over seeds, smoothed."""
+    figure = _figure(height=380)
+    by_name: dict[str, list[TrialRecord]] = {}
+    for trial in trials:
+        if trial.train_losses:
+            by_name.setdefault(trial.name, []).append(trial)
+    colours = trial_colours(list(by_name))
+    for name, group in by_name.items():
+        at: dict[int, list[float]] = {}
+        for trial in group:
+            for step, loss in trial.train_losses:
+                at.setdefault(step, []).append(loss)
+        steps = sorted(step for step, losses in at.items() if len(losses) == len(group))
+        figure.add_scatter(
+            x=steps,
+            y=_smooth([fmean(at[step]) for step in steps]),
+            mode="lines",
+            line={"color": colours[name], "width": 2, "dash": "dot" if name == "full" else "solid"},
+            name=_label(name),
+            hovertemplate=f"{_label(name)}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
+    # a logarithmic axis, since schedules differ in what is left of the loss at the end
+    ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+    figure.update_yaxes(
+        title_text="training loss (nats a token)",
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )
+    return figure
+
+
+def value_dots(measures: Mapping[str, Measure], title: str) -> go.Figure:
+    """A row for each trial: a ring for each seed, the mean with its interval; `title` names the axis."""
+    figure = _interval_dots({name: measure.value for name, measure in measures.items()}, title)
+    colours = trial_colours(list(measures))
+    for name, measure in measures.items():
+        if len(measure.by_seed) == 1:
+            continue  # the ring would lie under the dot
+        figure.add_scatter(
+            x=list(measure.by_seed.values()),
+            y=[_label(name)] * len(measure.by_seed),
+            mode="markers",
+            marker={"color": colours[name], "size": 9, "symbol": "circle-open", "opacity": 0.55},
+            customdata=list(measure.by_seed),
+            hovertemplate=f"{_label(name)}, seed %{{customdata}}: %{{x:.4~f}}<extra></extra>",
+        )
+    return figure
+
+
+def difference_dots(measures: Mapping[str, Measure], title: str) -> go.Figure:
+    """A row for each trial: its paired difference to the baseline with its interval, and a line at zero."""
+    intervals = {name: measure.difference for name, measure in measures.items() if measure.difference}
+    figure = _interval_dots(intervals, title)
+    figure.add_vline(x=0, line={"color": INK, "width": 1.5}, layer="below")
+    return figure
+
+
+def _interval_dots(intervals: Mapping[str, Interval], title: str) -> go.Figure:
+    figure = _figure(height=90 + 40 * len(intervals))
+    colours = trial_colours(list(intervals))
+    for name, interval in intervals.items():
+        known = interval.low is not None and interval.high is not None
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": [(interval.high or 0.0) - interval.mean],
+            "arrayminus": [interval.mean - (interval.low or 0.0)],
+            "thickness": 2.5,
+            "width": 7,
+        }
+        figure.add_scatter(
+            x=[interval.mean if math.isfinite(interval.mean) else None],
+            y=[_label(name)],
+            mode="markers",
+            marker={"color": colours[name], "size": 11},
+            error_x=bars if known else None,
+            name=_label(name),
+            hovertemplate=f"{_label(name)}: %{{x:.4~f}}<br>{_label(interval.method)}<extra></extra>",
+        )
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(title_text=_label(title), nticks=7)
+    order = [_label(name) for name in intervals]
+    figure.update_yaxes(showgrid=False, type="category", categoryorder="array", categoryarray=order[::-1])
+    figure.update_yaxes(range=[-0.6, len(order) - 0.4])
+    return figure
+
+
+def trial_colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each trial name: fixed ones for those that every run has, the others in turn."""
+    others = [name for name in names if name not in TRIAL_COLOURS]
+    rest = {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
+    return {name: TRIAL_COLOURS.get(name) or rest[name] for name in names}
+
+
+def symbol(component: str) -> str:
+    """The paper's symbol of a component, else its own name."""
+    return PAPER_SYMBOLS.get(component, component)
+
+
+def _label(text: str) -> str:
+    """Text as Plotly takes it: markup escaped, quotes not, since it would show their entities."""
+    return escape(text, quote=False)
+
+
+def _stage_colours(stages: Stages) -> list[tuple[tuple[int, ...], str]]:
+    # stages are ordered by gradient norm, so are their colours; the scale's pale end is left out
+    places = [0.85 * i / max(1, len(stages) - 1) for i in range(len(stages))]
+    return list(zip(stages, sample_colorscale("Viridis", places), strict=True))
+
+
+def _layer_step(n_layers: int) -> int:
+    return 1 if n_layers <= 12 else 2 if n_layers <= 24 else 4
+
+
+def _usage(schedule: RankSchedule) -> str:
+    over = " OVER BUDGET" if schedule.over_budget else ""
+    return f"{schedule.parameters:,} ({100 * schedule.parameters / schedule.budget:.2f} % of budget){over}"
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A centred running mean over a twentieth of the curve."""
+    reach = len(values) // 40
+    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def _figure(height: int) -> go.Figure:
+    figure = go.Figure()
+    axis: dict[str, Any] = {
+        "gridcolor": GRID,
+        "linecolor": GRID,
+        "zeroline": False,
+        "automargin": True,
+        "title_font_size": 13,
+        "title_standoff": 8,
+    }
+    figure.update_layout(
+        template="none",
+        height=height,
+        autosize=True,
+        margin={"t": 12, "r": 12, "b": 40, "l": 52},
+        font={
+            "family": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
+            "size": 13,
+            "color": INK,
+        },
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        hoverlabel={"bgcolor": "white", "font_color": INK},
+        xaxis=axis,
+        yaxis=axis,
+    )
+    return figure

@@ -1,0 +1,334 @@
+"""A run folder as one self-contained page: report.html, which needs no network and no other file."""
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from plotly.offline import get_plotlyjs
+
+from hydra_vlm.files import write_text
+from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.report import figures
+from hydra_vlm.report.comparison import Comparison, Row, compare
+from hydra_vlm.report.markup import SCRIPT, STYLE, WATCH, grid, missing, plot, table
+from hydra_vlm.report.run import RunData, load_run
+from hydra_vlm.schedule import RankSchedule, Stages, format_stages
+
+MAX_MAPS = 6
+"""Rank maps shown; further schedules are in the table only."""
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""The browser itself refuses whatever the page would fetch."""
+
+
+def write_report(folder: Path, baseline: str = "uniform") -> Path:
+    """Write `folder`/report.html from whatever records the run folder holds, and return its path.
+
+    Raises RunFolderError when the folder is no run or a record does not read.
+    """
+    run = load_run(folder)
+    path = folder / "report.html"
+    write_text(path, render(run, compare(run, baseline)))
+    return path
+
+
+def render(run: RunData, comparison: Comparison) -> str:
+    """The page as HTML."""
+    sections = {
+        "What was run": _what_was_run(run, comparison),
+        "Result": _result(run, comparison),
+        "Where the gradients are": _gradients(run),
+        "Where the rank goes": _ranks(run),
+        "Training": _training(run, comparison),
+        "Configuration": _configuration(run),
+    }
+    title = escape(f"Rank schedules for {_model(run)}")
+    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections.items())
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{title}</title>
+<style>{STYLE}</style>
+<script>{WATCH}</script>
+<script>{get_plotlyjs()}</script>
+</head>
+<body>
+<header>
+<p class="kicker">hydra-vlm report</p>
+<h1>{title}</h1>
+<div class="headline">{"".join(f"<p>{_unbroken(line)}</p>" for line in comparison.findings())}</div>
+<noscript>{missing("A script inside this page draws its figures: allow scripts to see them.")}</noscript>
+</header>
+<main>
+{body}
+</main>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _what_was_run(run: RunData, comparison: Comparison) -> str:
+    config = _config(run)
+    graph = run.profile.graph if run.profile else run.schedules[0].graph if run.schedules else None
+    budgets = dict.fromkeys((schedule.budget, schedule.graph.cost) for schedule in run.schedules)
+    questions = dict.fromkeys((score.benchmark, score.n) for trial in run.trials for score in trial.scores)
+    seeds = sorted({seed for row in comparison.rows if not row.seedless for seed in row.seeds})
+    components = ", ".join(figures.symbol(c) for c in graph.components) if graph else ""
+    facts = {
+        "Model": _brief(config.get("model")),
+        "Decoder": graph
+        and f"{graph.name}: {graph.n_layers} layers of {components}; {graph.cost:,} LoRA parameters per rank",
+        "Budget": "; ".join(f"{c:,} LoRA parameters: uniform LoRA at rank {c / g:.4g}" for c, g in budgets),
+        "Data": _brief(_part(config, "data", ("train", "validation", "test"))),
+        "Training": _brief(_part(config, "training", ("steps", "learning_rate", "batch_size"))),
+        "Benchmarks": ", ".join(f"{name} ({n:,} questions)" for name, n in questions),
+        "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "",
+        "Trials": f"{len(run.trials)}, {_duration(sum(t.seconds for t in run.trials))} in all" if run.trials else "",
+        "Device": _brief(run.environment.get("device")),
+        "Command": _brief(run.environment.get("command")),
+    }
+    return "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v) + "</dl>"
+
+
+def _result(run: RunData, comparison: Comparison) -> str:
+    waiting = f" Unfinished: {', '.join(run.unfinished)}." if run.unfinished else ""
+    if not comparison.rows:
+        return missing(f"No trial has finished in this folder, so there is nothing to compare.{waiting}")
+    parts = [missing(f"The run is not complete.{waiting}")] if run.unfinished else []
+    parts.append(table(comparison.overview(), numeric={1, 2, 3}))
+    if comparison.baseline is None:
+        parts.append(missing("No trial of the baseline has finished, so there are no differences."))
+    elif len(comparison.rows) > 1:
+        parts.append(f"<h3>Difference to {escape(comparison.baseline)}, paired</h3>")
+        parts.append(table(_difference_cells(comparison), numeric=()))
+    parts.append(_interval_notes(comparison))
+    trained = [row for row in comparison.rows if not row.seedless]
+    scheduled = [row for row in trained if row.budget is not None]
+    for benchmark in comparison.benchmarks:
+        parts.append(_score_figures(comparison, benchmark, trained, scheduled))
+    return "\n".join([*parts, _sub_scores(comparison), *_unanswered(run)])
+
+
+def _difference_cells(comparison: Comparison) -> list[list[str]]:
+    """A line for each trained trial, a column for each measure; the verdict is the second line of a cell."""
+    losses = any(row.loss.difference for row in comparison.rows)
+    cells = [["schedule", *comparison.benchmarks, *(["validation loss"] if losses else [])]]
+    for row in comparison.rows:
+        measures = [*(row.scores.get(b) for b in comparison.benchmarks), *([row.loss] if losses else [])]
+        shown = [f"{m.show_difference()}\n{m.verdict}" if m and m.difference else "–" for m in measures]
+        if not row.seedless and row.name != comparison.baseline:
+            cells.append([row.name, *shown])
+    return cells
+
+
+def _interval_notes(comparison: Comparison) -> str:
+    notes = [f"{method}." for method in comparison.methods]
+    compared = len(comparison.differences()) - 1
+    if compared > 1:
+        notes.append(
+            f"Each interval stands for itself: of {compared} differences, {0.05 * compared:.1f} can be "
+            "expected to look larger than the noise by chance alone."
+        )
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<p class="note">What the intervals are:</p><ul class="note">{items}</ul>' if items else ""
+
+
+def _score_figures(comparison: Comparison, benchmark: str, trained: Sequence[Row], scheduled: Sequence[Row]) -> str:
+    values = {row.name: row.scores[benchmark] for row in trained if benchmark in row.scores}
+    gains = {
+        row.name: row.scores[benchmark]
+        for row in scheduled
+        if benchmark in row.scores and row.scores[benchmark].difference
+    }
+    unit = next((f" ({measure.unit})" for measure in values.values() if measure.unit), "")
+    plots = []
+    if values:
+        caption = "Score of every trained trial with its interval; rings, where there are any, are single seeds."
+        plots.append(plot(figures.value_dots(values, f"{benchmark}{unit}"), caption, benchmark))
+    if gains:
+        against = str(comparison.baseline)
+        caption = (
+            f"Difference to {against}, paired, of the schedules under a budget; an interval that crosses the "
+            "line at zero cannot be told from no difference."
+        )
+        title = f"difference to {against}{' (points)' if unit else ''}"
+        plots.append(plot(figures.difference_dots(gains, title), caption, f"{benchmark}: against {against}"))
+    return grid(plots)
+
+
+def _sub_scores(comparison: Comparison) -> str:
+    tables = []
+    for benchmark in comparison.benchmarks:
+        rows = [row for row in comparison.rows if row.groups.get(benchmark)]
+        groups = dict.fromkeys(group for row in rows for group in row.groups[benchmark])
+        cells = [["group", *(row.name for row in rows)]]
+        for group in groups:
+            measures = [row.groups[benchmark].get(group) for row in rows]
+            cells.append([group, *(measure.show() if measure else "–" for measure in measures)])
+        if groups:
+            tables.append(f"<h3>{escape(benchmark)}</h3>{table(cells, numeric=())}")
+    return f"<details><summary>Scores by group of questions</summary>{''.join(tables)}</details>" if tables else ""
+
+
+def _unanswered(run: RunData) -> list[str]:
+    counts = [(trial.key, score) for trial in run.trials for score in trial.scores if score.unanswered]
+    return [
+        missing(f"{key} left {score.unanswered:,} of {score.n:,} {score.benchmark} questions unanswered: no credit.")
+        for key, score in counts
+    ]
+
+
+def _gradients(run: RunData) -> str:
+    profile = run.profile
+    if profile is None:
+        return missing("The folder has no profile.json: gradient norms were not measured in this run.")
+    stages = _stages(run)
+    coloured = " Colours are the stages, lowest norm first." if stages else ""
+    curve = plot(
+        figures.layer_curve(profile, stages),
+        f"Mean L2 norm of the gradients of a layer's LoRA tensors over {profile.steps} optimizer steps "
+        f"after the first {profile.skipped}; the band is their mean standard deviation over steps.{coloured}",
+        "Gradient norm by layer",
+    )
+    bars = plot(
+        figures.component_bars(profile),
+        "The same norms by component, mean over layers: for A, for B, and for both. B starts at zero, which "
+        "keeps A's gradients small at first. The ratio is to the mean of all components.",
+        "Gradient norm by component",
+    )
+    return curve + grid([bars, _component_table(profile)])
+
+
+def _component_table(profile: GradientNormProfile) -> str:
+    parts, norms = figures.component_parts(profile), profile.component_norms()
+    middle = sum(norms.values()) / len(norms) or 1.0
+    cells = [["component", "A", "B", "mean", "ratio"]]
+    digits = max(0, 3 - math.floor(math.log10(middle)))
+    for c, (a, b) in parts.items():
+        values = [f"{value:.{digits}f}" for value in (a, b, norms[c])]
+        cells.append([figures.symbol(c), *values, f"× {norms[c] / middle:.2f}"])
+    return table(cells, numeric={1, 2, 3, 4})
+
+
+def _ranks(run: RunData) -> str:
+    schedules = run.schedules
+    if not schedules:
+        return missing("The folder has no schedules yet.")
+    shown, reach = schedules[:MAX_MAPS], figures.rank_reach(schedules)
+    maps = [plot(figures.rank_map(schedule, reach), "", schedule.name) for schedule in shown]
+    left_out = f" The first {MAX_MAPS} of {len(schedules)} schedules are shown." if len(schedules) > MAX_MAPS else ""
+    caption = "Rank of every projection. Grey is uniform LoRA's rank on the same budget, blue more, orange less."
+    bars = plot(
+        figures.budget_bars(schedules),
+        "Trainable LoRA parameters, exactly; the upright line is the budget.",
+        "Parameters against budget",
+    )
+    return f'{grid(maps, "maps")}<p class="note">{caption}{left_out}</p>{bars}{_schedule_table(schedules)}'
+
+
+def _schedule_table(schedules: Sequence[RankSchedule]) -> str:
+    cells = [["schedule", "parameters", "budget", "used", "ranks", "stages, lowest norm first", "Δd", "scaling"]]
+    for s in schedules:
+        over = " OVER" if s.over_budget else ""
+        low, high = min(s.ranks), max(s.ranks)
+        cells.append(
+            [
+                s.name,
+                f"{s.parameters:,}",
+                f"{s.budget:,}",
+                f"{100 * s.parameters / s.budget:.2f} %{over}",
+                f"{low}" if low == high else f"{low}–{high}",
+                format_stages(s.stages).replace(",", ", ") if s.stages else "–",
+                "–" if s.delta is None else str(s.delta),
+                f"{s.scaling.rule} {s.scaling.value:g}",
+            ]
+        )
+    return table(cells, numeric={1, 2, 3, 4, 6})
+
+
+def _training(run: RunData, comparison: Comparison) -> str:
+    plots = []
+    if any(trial.train_losses for trial in run.trials):
+        caption = "Training loss: mean over seeds, then a running mean over a twentieth of the curve."
+        plots.append(plot(figures.loss_curves(run.trials), caption, "Training loss"))
+    measured = [row for row in comparison.rows if row.loss.measured]
+    losses = {row.name: row.loss for row in measured if not row.seedless}
+    if losses:
+        untrained = "; ".join(f"{row.name} has {row.loss.show()}" for row in measured if row.seedless)
+        caption = "Loss on the validation records after the last step, with its interval; rings are single seeds."
+        caption += f" Without training, {untrained}." if untrained else ""
+        figure = figures.value_dots(losses, "validation loss (nats a token)")
+        plots.append(plot(figure, caption, "Validation loss"))
+    return grid(plots) if plots else missing("No trial has finished, so there are no losses.")
+
+
+def _configuration(run: RunData) -> str:
+    parts = []
+    for name, text in (
+        ("config.yaml", run.config),
+        ("environment.json", json.dumps(run.environment, indent=2) if run.environment else ""),
+    ):
+        if text:
+            parts.append(f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>")
+        else:
+            parts.append(missing(f"The folder has no {name}."))
+    return "".join(parts)
+
+
+def _stages(run: RunData) -> Stages | None:
+    """The stages that the profile's layers were put in: those of the first schedule that has any."""
+    return next(
+        (
+            s.stages
+            for s in run.schedules
+            if s.stages and run.profile and s.graph.n_layers == run.profile.graph.n_layers
+        ),
+        None,
+    )
+
+
+def _config(run: RunData) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(run.config)
+    except yaml.YAMLError:  # the text is shown as it is; only the summary goes without
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _part(config: dict[str, Any], section: str, keys: Sequence[str]) -> dict[str, Any]:
+    values = config.get(section)
+    return {key: values[key] for key in keys if key in values} if isinstance(values, dict) else {}
+
+
+def _model(run: RunData) -> str:
+    model = _config(run).get("model")
+    return str(model) if model else run.profile.graph.name if run.profile else run.folder.name
+
+
+def _brief(value: Any) -> str:
+    """A configuration value in a line: mappings as "key value", nothing as nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        texts = {key: _brief(item) for key, item in value.items()}
+        return ", ".join(f"{key.replace('_', ' ')} {text}" for key, text in texts.items() if text)
+    return ", ".join(map(_brief, value)) if isinstance(value, list) else str(value)
+
+
+def _unbroken(text: str) -> str:
+    """Escaped text in which lines break neither before a unit nor around "±"."""
+    return escape(text).replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,87 @@
+"""Reading a run folder back into records; whatever is not there yet is left empty."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra_vlm.errors import HydraError, RunFolderError
+from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.records import TrialRecord
+from hydra_vlm.schedule import RankSchedule
+
+Credits = Mapping[str, float]
+"""Credit from 0 to 1 by question id."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run folder holds; parts that are not there (yet) are empty or None.
+
+    `verdicts` is trial key → benchmark → question id → credit; `unfinished` names trials with no record.
+    """
+
+    folder: Path
+    config: str
+    environment: Mapping[str, Any]
+    profile: GradientNormProfile | None
+    schedules: tuple[RankSchedule, ...]
+    trials: tuple[TrialRecord, ...]
+    verdicts: Mapping[str, Mapping[str, Credits]]
+    unfinished: tuple[str, ...] = ()
+
+
+def load_run(folder: Path) -> RunData:
+    """Read a run folder; raises RunFolderError when it is none, or names the file that does not read."""
+    config, environment, profile = (folder / name for name in ("config.yaml", "environment.json", "profile.json"))
+    schedules = [_read(path, RankSchedule.from_json) for path in (folder / "schedules").glob("*.json")]
+    homes = sorted(path for path in (folder / "trials").glob("*") if path.is_dir())
+    done = [home for home in homes if (home / "record.json").exists()]
+    trials = [_read(home / "record.json", TrialRecord.from_json) for home in done]
+    if not (config.exists() or profile.exists() or schedules or homes):
+        raise RunFolderError(
+            f"{folder} is not a run folder: it has no config.yaml, profile.json, schedules or trials. "
+            "Name the folder that was given to --out."
+        )
+    return RunData(
+        folder=folder,
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        environment=_read(environment, dict) if environment.exists() else {},
+        profile=_read(profile, GradientNormProfile.from_json) if profile.exists() else None,
+        schedules=tuple(sorted(schedules, key=lambda s: place(s.name))),
+        trials=tuple(sorted(trials, key=lambda t: (place(t.name), t.seed))),
+        verdicts={trial.key: _read_verdicts(home) for home, trial in zip(done, trials, strict=True)},
+        unfinished=tuple(home.name for home in homes if home not in done),
+    )
+
+
+def _read(path: Path, parse: Callable[[Any], T]) -> T:
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, HydraError) as error:
+        raise RunFolderError(
+            f"{path} does not read: {type(error).__name__} {error}. Delete it and run the same command again."
+        ) from error
+
+
+def _read_verdicts(home: Path) -> dict[str, Credits]:
+    return {path.stem: _read_credits(path) for path in sorted((home / "verdicts").glob("*.jsonl"))}
+
+
+def _read_credits(path: Path) -> Credits:
+    try:
+        verdicts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return {str(verdict["id"]): float(verdict["credit"]) for verdict in verdicts}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{path} does not read: {type(error).__name__} {error}. Score the predictions beside it again."
+        ) from error
+
+
+def place(name: str) -> tuple[int, str]:
+    """Sorting key of trials and schedules: as it came, the baseline, the method, its rivals by name, full."""
+    order = ("zero-shot", "uniform", "coarse", "fine")
+    return (order.index(name) if name in order else len(order) + (name == "full"), name)

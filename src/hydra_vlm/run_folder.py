@@ -1,0 +1,116 @@
+"""A run's folder, which tells its own story and from which the run goes on. No torch.
+
+config.yaml  environment.json  graph.json  profile.json  schedules/<name>.json
+trials/<name>-seed<k>/{record.json, adapter/, metrics.jsonl, predictions/, verdicts/, scores.json}
+results.json  report.html
+"""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hydra_vlm.config import Config, flatten
+from hydra_vlm.errors import RunFolderError
+from hydra_vlm.files import write_json, write_text
+
+_PACKAGES = (
+    "hydra-vlm",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "scikit-learn",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its records."""
+
+    path: Path
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    @property
+    def graph(self) -> Path:
+        return self.path / "graph.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    def schedule(self, name: str) -> Path:
+        return self.path / "schedules" / f"{name}.json"
+
+    def trial(self, key: str) -> Path:
+        return self.path / "trials" / key
+
+
+def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:
+    """Create the folder, or go on with the run of the same configuration in it.
+
+    Raises:
+        RunFolderError: the folder holds a run of another configuration, or other files.
+    """
+    stored = path / "config.yaml"
+    if stored.is_file():
+        before = flatten(yaml.safe_load(stored.read_text()) or {})
+        now = flatten(config.model_dump(mode="json"))
+        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+        if changed:
+            listed = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:5])
+            raise RunFolderError(
+                f"{path} holds a run of another configuration ({listed}): name another --out, or repeat the run's "
+                "own configuration to go on with it"
+            )
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunFolderError(f"{path} exists and holds no run (no config.yaml): name an empty or new folder with --out")
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(stored, config.to_yaml())
+    write_json(path / "environment.json", environment)
+    return RunFolder(path)
+
+
+def environment(device: str, precision: str) -> dict[str, Any]:
+    """Versions, device and, in a checkout, the git revision of this package."""
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "device": device,
+        "precision": precision,
+        "revision": _revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Training: recipes over transformers' Trainer, and the gradient-norm callback."""

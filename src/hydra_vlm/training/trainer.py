@@ -1,0 +1,77 @@
+"""transformers' Trainer with what HyDRA's recipes need and it lacks: three overrides, no more.
+
+* a learning rate of its own for the projector,
+* checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone),
+* gradient norms taken before clipping.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from hydra_vlm.models.structure import ModelParts
+from hydra_vlm.training.gradient_norms import GradientNormCallback
+
+PROJECTOR_FILE = "projector.safetensors"
+
+
+class VLMTrainer(Trainer):
+    """Trainer for LoRA (or the whole decoder) plus projector over a frozen tower."""
+
+    def __init__(
+        self, *args: Any, parts: ModelParts, projector_learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = parts
+        self.projector_learning_rate = projector_learning_rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The arguments' optimizer over two groups, each with its learning rate: projector, everything else."""
+        if self.optimizer is None:  # type: ignore[has-type]
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            inside, outside = split_projector(model, self.parts)
+            rate = self.projector_learning_rate or self.args.learning_rate
+            decay = {"weight_decay": self.args.weight_decay}
+            groups = [{"params": outside, **decay}, {"params": inside, "lr": rate, **decay}]
+            self.optimizer = optimizer_class([g for g in groups if g["params"]], **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GradientNormCallback):
+                callback.record()
+        return super()._clip_grad_norm(model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            state = {k: v.detach().cpu().contiguous() for k, v in self._projector().state_dict().items()}
+            save_file(state, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        stored = Path(resume_from_checkpoint) / PROJECTOR_FILE
+        if stored.exists():
+            self._projector().load_state_dict(load_file(stored))
+
+    def _projector(self) -> nn.Module:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return base.get_submodule(self.parts.projector)
+
+
+def split_projector(model: nn.Module, parts: ModelParts) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trained parameters inside and outside of the projector."""
+    inside: list[nn.Parameter] = []
+    outside: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            place = name.removeprefix("base_model.model.")
+            own = parts.projector is not None and place.startswith(f"{parts.projector}.")
+            (inside if own else outside).append(parameter)
+    return inside, outside

@@ -1,0 +1,320 @@
+"""The whole job in a row: profile, allocate, fine-tune each schedule, score, compare, report.
+
+Every step leaves a file in the run folder and is skipped when its file is there; a training that was stopped goes on
+from its last checkpoint. Killed at any moment and started again with the same command, a run ends with the same result.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hydra_vlm.allocation import ALLOCATORS, AllocationRequest, Budget, allocate
+from hydra_vlm.benchmarks.exact_match import ExactMatch
+from hydra_vlm.benchmarks.generation import answer
+from hydra_vlm.benchmarks.protocol import Example, Score, score
+from hydra_vlm.config import Config
+from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
+from hydra_vlm.data.features import encode_once, feature_bytes
+from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.records import Record, check_images, read_records, sample
+from hydra_vlm.data.templates import Template, template
+from hydra_vlm.errors import ConfigError, StageError
+from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.lora import load_adapter, read_schedule, require_schedule_fits, save_adapter
+from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.profile import GradientNormProfile, require_same_graph
+from hydra_vlm.records import TrialRecord
+from hydra_vlm.run_folder import RunFolder, environment, open_run
+from hydra_vlm.schedule import RankSchedule, Scaling
+from hydra_vlm.training.gradient_norms import GradientNormCallback
+from hydra_vlm.training.recipe import (
+    FULL,
+    Finetuned,
+    InstructionData,
+    finetune,
+    finetune_prepared,
+    prepare,
+    resolve_bf16,
+)
+
+ZERO_SHOT = "zero-shot"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all trials of a run share: configuration, folder, data, and how to get the model afresh."""
+
+    config: Config
+    folder: RunFolder
+    graph: ComputationGraph
+    form: Template
+    data: InstructionData
+    tests: Mapping[str, tuple[Example, ...]]
+
+    def fresh_model(self) -> LoadedModel:
+        return load_model(self.config.model, self.config.device)
+
+    @property
+    def budget(self) -> Budget:
+        return resolve_budget(self.graph, self.config)
+
+
+def tune(config: Config, out: Path, say: Say = print) -> RunFolder:
+    """Run everything that `config` asks for; returns the run folder with results.json and report.html in it."""
+    study = prepare_study(config, out, say)
+    profile = measure_profile(study, say)
+    schedules = allocate_all(study, profile)
+    if config.evaluation.zero_shot and study.tests:
+        run_trial(study, ZERO_SHOT, None, 0, say)
+    for seed in config.seeds:
+        for name in config.schedules:
+            run_trial(study, name, schedules.get(name), seed, say)
+    return study.folder
+
+
+def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
+    """Check everything that can be wrong before the first long step, then open the run folder.
+
+    Raises:
+        HydraError: a bad key, record, image, budget, stage count or folder, before anything is trained.
+    """
+    for name in config.schedules:
+        if name not in ALLOCATORS and name != FULL:
+            raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL])}")
+    form = template(config.data.template)
+    loaded = load_model(config.model, config.device)
+    graph = loaded.parts.graph
+    resolve_budget(graph, config)
+    if config.allocation.n_stages > graph.n_layers:
+        raise StageError(
+            f"allocation.n_stages {config.allocation.n_stages} exceeds the decoder's {graph.n_layers} layers",
+            nearest=f"Lower it to {graph.n_layers} or less.",
+        )
+    bf16 = resolve_bf16(config.training, loaded.model.device)
+    folder = open_run(out, config, environment(str(loaded.model.device), "bf16 autocast" if bf16 else "fp32"))
+    write_json(folder.graph, graph.to_json())
+    train, validation, tests = _records(config, folder)
+    examples = {
+        name: tuple(sample(ExactMatch(name).examples(records), config.evaluation.limit))
+        for name, records in tests.items()
+    }
+    asked = {e.image for name in examples for e in examples[name] if e.image}
+    data = _encode(loaded, config, form, train, validation, asked, say)
+    return Study(config, folder, graph, form, data, examples)
+
+
+def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:
+    """C from `budget.parameters`, or from `budget.rank` where that is not given."""
+    if config.budget.parameters is not None:
+        return Budget.of_parameters(graph, config.budget.parameters)
+    if config.budget.rank is None:
+        raise ConfigError("the budget is empty: give budget.rank or budget.parameters")
+    return Budget.of_rank(graph, config.budget.rank)
+
+
+def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
+    """The gradient-norm profile of a short uniform LoRA run (Eq. 1), read back if it was measured before."""
+    stored = study.folder.profile
+    if stored.is_file():
+        profile = GradientNormProfile.from_json(read_json(stored))
+        require_same_graph(profile, study.graph)
+        return profile
+    settings = study.config.profile
+    budget = study.budget
+    rank = settings.rank or budget.rank
+    say(f"profile: uniform LoRA of rank {rank} for {settings.steps} steps")
+    loaded = study.fresh_model()
+    schedule = allocate(
+        "uniform",
+        AllocationRequest(study.graph, Budget.of_rank(study.graph, rank), scaling=_scaling(study.config)),
+    )
+    training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9})
+    model = prepare(loaded, schedule, training, settings.seed)
+    callback = GradientNormCallback(model, loaded.parts)
+    scratch = study.folder.trial("profile")
+    unvalidated = InstructionData(study.data.train, None, study.data.features)
+    shutil.rmtree(scratch, ignore_errors=True)
+    finetune_prepared(model, loaded, unvalidated, training, settings.seed, scratch, [callback])
+    shutil.rmtree(scratch)
+    profile = callback.profile(settings.skip)
+    write_json(stored, profile.to_json())
+    return profile
+
+
+def allocate_all(study: Study, profile: GradientNormProfile) -> dict[str, RankSchedule]:
+    """Every schedule asked for, under the same budget; "full" has none."""
+    request = allocation_request(study.config, study.graph, profile)
+    wanted = [name for name in study.config.schedules if name != FULL]
+    schedules = {name: replace(allocate(name, request), name=name) for name in wanted}
+    for name, schedule in schedules.items():
+        write_json(study.folder.schedule(name), schedule.to_json())
+    return schedules
+
+
+def allocation_request(
+    config: Config, graph: ComputationGraph, profile: GradientNormProfile | None
+) -> AllocationRequest:
+    """The configuration's wishes as the allocators read them."""
+    wish = config.allocation
+    return AllocationRequest(
+        graph=graph,
+        budget=resolve_budget(graph, config),
+        profile=profile,
+        n_stages=wish.n_stages,
+        delta=wish.delta,
+        step=wish.step,
+        setting=wish.setting,
+        rule=wish.rule,
+        seed=wish.seed,
+        scaling=_scaling(config),
+    )
+
+
+def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSchedule | None]:
+    """Name and schedule for `wish`: a schedule file, an allocator's name, or "full" (no schedule).
+
+    Allocators that need a profile measure it first.
+    """
+    if wish == FULL:
+        return FULL, None
+    if Path(wish).is_file():
+        schedule = read_schedule(wish)
+        require_schedule_fits(schedule, study.graph)
+        return schedule.name, schedule
+    profile = None if wish in ("uniform", "random") else measure_profile(study, say)
+    schedule = allocate(wish, allocation_request(study.config, study.graph, profile))
+    write_json(study.folder.schedule(schedule.name), schedule.to_json())
+    return schedule.name, schedule
+
+
+def evaluate_adapter(study: Study, adapter: Path | None, say: Say = print) -> tuple[Score, ...]:
+    """Score the model, with an adapter or as it is, without training anything.
+
+    Raises:
+        ConfigError: there is no test file.
+    """
+    if not study.tests:
+        raise ConfigError("nothing to evaluate: data.tests names no file")
+    loaded = study.fresh_model()
+    model = load_adapter(loaded.model, adapter) if adapter else loaded.model
+    say(f"answering {sum(map(len, study.tests.values())):,} questions")
+    return answer_and_score(study, loaded, model, study.folder.path)
+
+
+def run_trial(study: Study, name: str, schedule: RankSchedule | None, seed: int, say: Say = print) -> TrialRecord:
+    """Fine-tune with one schedule and seed, score, and keep the record; a finished trial is read back.
+
+    "full" trains the whole decoder, "zero-shot" nothing.
+    """
+    folder = study.folder.trial(f"{name}-seed{seed}")
+    if (folder / "record.json").is_file():
+        return TrialRecord.from_json(read_json(folder / "record.json"))
+    say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
+    started = time.monotonic()
+    loaded = study.fresh_model()
+    if name == ZERO_SHOT:
+        done = Finetuned(loaded.model, {}, (), math.nan)
+    else:
+        done = finetune(loaded, schedule, study.data, study.config.training, seed, folder / "checkpoints")
+        keep_weights(loaded, done.model, schedule, folder)
+    scores = answer_and_score(study, loaded, done.model, folder)
+    record = TrialRecord(
+        name=name,
+        seed=seed,
+        schedule=schedule,
+        trained=done.trained,
+        train_losses=done.train_losses,
+        validation_loss=done.validation_loss,
+        scores=scores,
+        seconds=time.monotonic() - started,
+    )
+    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in done.train_losses))
+    write_json(folder / "record.json", record.to_json())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return record
+
+
+def keep_weights(loaded: LoadedModel, model: Any, schedule: RankSchedule | None, folder: Path) -> None:
+    """The adapter as plain PEFT with the projector beside it; the whole model after full fine-tuning."""
+    if schedule is not None:
+        save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=True)
+    else:
+        model.save_pretrained(folder / "model")
+        loaded.processor.save_pretrained(folder / "model")
+
+
+def answer_and_score(study: Study, loaded: LoadedModel, model: Any, folder: Path) -> tuple[Score, ...]:
+    """Answer the test questions, keep what was said and how it was judged; returns the scores."""
+    settings = study.config.evaluation
+    scores = []
+    for name, examples in study.tests.items():
+        predictions = answer(
+            model,
+            loaded.processor,
+            examples,
+            study.form,
+            settings.batch_size,
+            settings.max_new_tokens,
+            study.data.features,
+            progress=lambda batches: tqdm(batches, desc="answering", leave=False),
+        )
+        result, verdicts = score(ExactMatch(name), examples, predictions)
+        write_lines(folder / "predictions" / f"{name}.jsonl", (p.to_json() for p in predictions))
+        write_lines(folder / "verdicts" / f"{name}.jsonl", (v.to_json() for v in verdicts))
+        scores.append(result)
+    write_json(folder / "scores.json", [result.to_json() for result in scores])
+    return tuple(scores)
+
+
+def _scaling(config: Config) -> Scaling:
+    return Scaling(config.scaling.rule, config.scaling.value)
+
+
+def _records(config: Config, folder: RunFolder) -> tuple[list[Record], list[Record], dict[str, list[Record]]]:
+    """Read and check every file before anything is trained; a built-in set is written to the run folder first."""
+    wish = config.data
+    files = (
+        write_builtin(wish.train, folder.path / "data")
+        if wish.train in BUILTIN
+        else DataFiles(Path(wish.train), wish.validation, wish.tests, wish.images)
+    )
+    train = _checked(files.train, files.images)
+    validation = _checked(files.validation, files.images) if files.validation else []
+    tests = {name: _checked(path, files.images) for name, path in files.tests.items()}
+    return train, sample(validation, wish.validation_limit), tests
+
+
+def _checked(path: Path, images: Path | None) -> list[Record]:
+    records = read_records(path, images)
+    check_images(path, records)
+    return records
+
+
+def _encode(
+    loaded: LoadedModel,
+    config: Config,
+    form: Template,
+    train: Sequence[Record],
+    validation: Sequence[Record],
+    asked: set[str],
+    say: Say,
+) -> InstructionData:
+    """Encode texts, and the images too where their features fit into memory."""
+    paths = asked | {r.image for r in (*train, *validation) if r.image}
+    features = None
+    if 0 < feature_bytes(loaded.model, len(paths)) <= config.training.cache_gigabytes * 1e9:
+        say(f"features: {len(paths):,} images through the frozen tower, once")
+        features = encode_once(
+            loaded.model, loaded.processor, paths, progress=lambda b: tqdm(b, desc="encoding", leave=False)
+        )
+    length = min(config.data.max_length, loaded.model.config.text_config.max_position_embeddings)
+    sets = [InstructionDataset(rs, loaded.processor, form, length) for rs in (train, validation)]
+    return InstructionData(sets[0], sets[1] if validation else None, features)

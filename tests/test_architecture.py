@@ -1,0 +1,78 @@
+"""The house rules that a machine can check: which room may know which, and what loads torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "hydra_vlm"
+PURE = ("graph", "schedule", "profile", "allocation", "spending", "errors")
+
+# room -> the rooms that it may import; a folder counts as one room.
+MAY_IMPORT = {
+    "errors": (),
+    "files": (),
+    "graph": ("errors",),
+    "schedule": ("errors", "graph"),
+    "profile": ("errors", "graph", "schedule"),
+    "spending": ("errors", "graph", "schedule"),
+    "allocation": ("errors", "graph", "schedule", "profile", "spending"),
+    "config": ("errors",),
+    "models": ("errors", "graph"),
+    "lora": ("errors", "files", "graph", "schedule", "models"),
+    "data": ("errors",),
+    "benchmarks": ("errors", "data"),
+    "records": ("benchmarks", "schedule"),
+    "run_folder": ("config", "errors", "files"),
+    "training": ("config", "data", "errors", "graph", "lora", "models", "profile", "schedule"),
+    "report": ("benchmarks", "errors", "files", "graph", "profile", "records", "schedule"),
+    "commands": ("allocation", "errors", "files", "graph", "profile", "schedule"),
+    "tune": None,  # the top of the library
+    "cli": None,
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("hydra_vlm.")}
+    return found
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down_only(path: Path) -> None:
+    here = room(path)
+    assert here in MAY_IMPORT, f"{here} is a new room: say in MAY_IMPORT what it may know"
+    allowed = MAY_IMPORT[here]
+    if allowed is not None:
+        assert imports(path) - {here} <= set(allowed)
+
+
+@pytest.mark.parametrize(
+    "module", ["hydra_vlm", "hydra_vlm.cli", "hydra_vlm.report.page", "hydra_vlm.commands.schedule"]
+)
+def test_these_load_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_pure_middle_needs_the_standard_library_only() -> None:
+    names = ", ".join(f"hydra_vlm.{name}" for name in PURE)
+    code = f"import sys, {names}; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'sklearn', 'pydantic')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,260 @@
+"""The comparison and the page on synthetic run folders."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_run import fake_run, fake_trial, write_json
+from hydra_vlm.errors import RunFolderError
+from hydra_vlm.graph import llama_graph
+from hydra_vlm.report import figures
+from hydra_vlm.report.comparison import Comparison, compare
+from hydra_vlm.report.page import write_report
+from hydra_vlm.report.run import load_run
+from hydra_vlm.schedule import RankSchedule, hand_schedule
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def comparison(run: Path) -> Comparison:
+    return compare(load_run(run))
+
+
+def test_rows_come_in_a_fixed_order_with_exact_parameters(comparison: Comparison) -> None:
+    assert [row.name for row in comparison.rows] == ["zero-shot", "uniform", "coarse", "fine", "full"]
+    uniform, fine, full = (comparison.row(name) for name in ("uniform", "fine", "full"))
+    assert uniform.parameters == uniform.budget == 8 * llama_graph("tiny", 8, 64, 176).cost
+    assert uniform.used == 100
+    assert fine.used is not None
+    assert fine.used < 100
+    assert (full.parameters, full.budget, full.used) == (0, None, None)
+    assert comparison.row("zero-shot").seedless
+
+
+def test_differences_are_paired_by_seed(comparison: Comparison) -> None:
+    fine, uniform = comparison.row("fine").loss, comparison.row("uniform").loss
+    assert fine.difference is not None
+    by_seed = [fine.by_seed[s] - uniform.by_seed[s] for s in uniform.by_seed]
+    assert fine.difference.mean == pytest.approx(sum(by_seed) / 5)
+    assert (fine.difference.n, fine.difference.over) == (5, "seeds")
+    assert fine.verdict == "better, larger than the noise"
+    unpaired = fine.value.high is not None and uniform.value.low is not None and fine.value.high - uniform.value.low
+    assert fine.difference.high is not None
+    assert fine.difference.high < unpaired
+    assert comparison.row("uniform").loss.difference is None
+    assert comparison.row("coarse").scores["easy-vqa"].verdict == "not distinguishable from zero"
+
+
+def test_a_model_as_it_came_meets_the_baseline_at_every_seed(comparison: Comparison) -> None:
+    score = comparison.row("zero-shot").scores["easy-vqa"]
+    assert score.difference is not None
+    assert (score.difference.n, score.verdict) == (5, "worse, larger than the noise")
+    assert "nothing trained: no seed noise" in score.value.method
+
+
+def test_groups_are_compared_too(comparison: Comparison) -> None:
+    groups = comparison.row("fine").groups["easy-vqa"]
+    assert set(groups) == {"shape", "colour"}
+    assert groups["shape"].difference is not None
+    halves = (groups["shape"].value.mean + groups["colour"].value.mean) / 2
+    assert halves == pytest.approx(comparison.row("fine").scores["easy-vqa"].value.mean)
+
+
+def test_one_seed_falls_back_to_questions_and_says_so(tmp_path: Path) -> None:
+    one = compare(load_run(fake_run(tmp_path, seeds=(0,))))
+    score = one.row("full").scores["easy-vqa"]
+    assert score.difference is not None
+    assert score.difference.over == "questions"
+    assert score.verdict == "better, larger than the noise over questions, seed noise unknown"
+    assert one.row("fine").loss.verdict == "no interval, so noise unknown"
+    assert "95 % paired bootstrap over 400 questions, one seed: says nothing about seed noise" in one.table()
+    assert "(one seed)" in one.headline()
+
+
+def test_seeds_that_do_not_match_are_not_compared(tmp_path: Path) -> None:
+    fake_run(tmp_path, names=("uniform",), seeds=(0, 1, 2))
+    schedules = {s.name: s for s in load_run(tmp_path).schedules}
+    fake_trial(tmp_path, "fine", 7, schedules["fine"])
+    comparison = compare(load_run(tmp_path))
+    assert comparison.row("fine").loss.difference is None
+    assert "no common seed" in comparison.headline()
+
+
+def test_a_score_that_is_no_mean_of_credits_gets_no_interval_over_questions(tmp_path: Path) -> None:
+    fake_run(tmp_path, names=("uniform", "fine"), seeds=(0,))
+    for path in tmp_path.glob("trials/*/record.json"):
+        record = json.loads(path.read_text())
+        record["scores"][0]["value"] = 1200.9
+        write_json(path, record)
+    score = compare(load_run(tmp_path)).row("fine").scores["easy-vqa"]
+    assert (score.unit, score.value.low) == ("", None)
+
+
+def test_without_a_validation_file_losses_are_left_out(tmp_path: Path) -> None:
+    fake_run(tmp_path, names=("uniform", "fine"), seeds=(0, 1, 2))
+    for path in tmp_path.glob("trials/*/record.json"):
+        write_json(path, json.loads(path.read_text()) | {"validation_loss": float("nan")})
+    comparison = compare(load_run(tmp_path))
+    assert len(comparison.findings()) == 1
+    assert all(row[1] != "validation loss" for row in comparison.differences())
+    assert "Validation loss</h3>" not in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_parameters_that_differ_from_the_schedule_are_an_error(tmp_path: Path) -> None:
+    fake_run(tmp_path, names=("uniform", "fine"), seeds=(0,))
+    path = tmp_path / "trials" / "fine-seed0" / "record.json"
+    record = json.loads(path.read_text())
+    record["trained"]["lora"] -= 1
+    write_json(path, record)
+    with pytest.raises(RunFolderError, match=r"'fine' disagree on LoRA parameters.*75,439, 75,440"):
+        compare(load_run(tmp_path))
+
+
+def test_text_and_json(comparison: Comparison) -> None:
+    table = comparison.table()
+    fine = next(line for line in table.splitlines() if line.startswith("fine"))
+    assert re.search(r"fine +5 +75,440 +95\.68 % +0\.\d{4} ± 0\.\d{4} +\d\d\.\d\d ± \d\.\d\d %", fine)
+    assert "95 % paired t interval over 5 seeds" in table
+    assert max(map(len, table.splitlines())) <= 100
+    assert comparison.headline().startswith("fine at 75,440 LoRA parameters (5 seeds): easy-vqa ")
+    data = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    assert [row["lora_parameters"] for row in data["rows"]] == [0, 78848, 77616, 75440, 0]
+    assert data["rows"][3]["scores"]["easy-vqa"]["difference"]["over"] == "seeds"
+
+
+def test_folders_that_do_not_read(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="is not a run folder"):
+        load_run(tmp_path)
+    fake_run(tmp_path, names=("uniform",), seeds=(0,))
+    verdicts = tmp_path / "trials" / "uniform-seed0" / "verdicts" / "easy-vqa.jsonl"
+    verdicts.write_text(verdicts.read_text() + '{"id": "cut o')
+    with pytest.raises(RunFolderError, match=r"easy-vqa\.jsonl does not read"):
+        load_run(tmp_path)
+    (tmp_path / "trials" / "uniform-seed0" / "record.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"record\.json does not read"):
+        load_run(tmp_path)
+
+
+class Page(HTMLParser):
+    """What a page refers to, and the text of its headings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+
+
+def test_the_page_holds_every_part_and_fetches_nothing(run: Path) -> None:
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert not list(run.glob("*.tmp")) + list(run.glob(".*.tmp"))
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.references == []
+    assert "link" not in page.tags
+    assert "default-src 'none'" in text
+    assert "@import" not in text.split("</style>")[0]
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == [
+        "What was run",
+        "Result",
+        "Where the gradients are",
+        "Where the rank goes",
+        "Training",
+        "Configuration",
+    ]
+    for part in (
+        "fine at 75,440 LoRA parameters",
+        "hydra-vlm tune --out RUN",
+        "Gradient norm by layer",
+        "Gradient norm by component",
+        "Parameters against budget",
+        "Training loss",
+        "Validation loss",
+        "uniform LoRA at rank 8",
+        "95 % paired t interval over 5 seeds",
+        "<td>Gate</td>",
+        "batch_size: 32",
+    ):
+        assert part in text, part
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    graph = llama_graph("tiny", 8, 64, 176)
+    evil = RankSchedule(name, graph, (8,) * len(graph.projections), 8 * graph.cost)
+    fake_run(tmp_path, names=("uniform", "fine", name), seeds=(0, 1, 2), extra={name: evil})
+    (tmp_path / "config.yaml").write_text("model: '</script><b>x'\n")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    body = text[text.index("<body>") :]
+    assert "<img" not in body
+    assert "<b>" not in body
+    assert "&lt;img src=x" in body
+    assert body.count("<script") == body.count("</script>")
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ({"names": ()}, "No trial has finished"),
+        ({"profile": False}, "no profile.json"),
+        ({"names": ("fine",)}, "No trial of the baseline has finished"),
+    ],
+)
+def test_a_run_that_is_not_complete_says_what_is_missing(tmp_path: Path, missing: dict[str, Any], says: str) -> None:
+    fake_run(tmp_path, **{"seeds": (0, 1, 2), "questions": 50} | missing)
+    (tmp_path / "trials" / "coarse-seed9").mkdir(parents=True)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert says in text
+    assert "Unfinished: coarse-seed9" in text
+
+
+def test_a_folder_with_a_configuration_only(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("not: [valid")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    for says in ("No trial has finished", "no profile.json", "no schedules yet", "no environment.json"):
+        assert says in text
+
+
+def test_ranks_over_budget_are_marked(tmp_path: Path) -> None:
+    graph = llama_graph("tiny", 8, 64, 176)
+    config2 = hand_schedule(graph, ((0, 1), (2, 3, 4, 5), (6, 7)), (16, 8, 16), 8 * graph.cost, "config2")
+    fake_run(tmp_path, names=("uniform", "config2"), seeds=(0, 1, 2), extra={"config2": config2})
+    run = load_run(tmp_path)
+    assert "150.00 % OVER" in compare(run).table()
+    assert "OVER BUDGET" in figures.budget_bars(run.schedules).to_json()
+    assert figures.rank_reach(run.schedules) == 8
+
+
+@pytest.mark.parametrize("n_layers", [1, 8, 40])
+def test_figures_of_small_and_large_models(tmp_path: Path, n_layers: int) -> None:
+    run = load_run(fake_run(tmp_path, names=(), n_layers=n_layers))
+    assert run.profile is not None
+    fine = next(schedule for schedule in run.schedules if schedule.name == "fine")
+    curve = figures.layer_curve(run.profile, fine.stages)
+    stages = [trace for trace in curve.data if trace.name and trace.name.startswith("stage")]
+    assert len({trace.marker.color for trace in stages}) == min(3, n_layers)
+    assert sorted(layer for trace in stages for layer in trace.x) == list(range(1, n_layers + 1))
+    heat = figures.rank_map(fine, 4).data[0]
+    assert [list(row) for row in heat.z] == [list(layer.values()) for layer in fine.by_layer()]
+    assert list(heat.x) == ["Q", "K", "V", "O", "Gate", "Up", "Down"]
+
+
+def test_the_report_loads_no_torch() -> None:
+    code = "import sys, hydra_vlm.report.page; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
