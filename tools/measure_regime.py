@@ -4,12 +4,13 @@
     python tools/measure_regime.py --out build/regime --only budgets               # one part: budgets | schedules
 
 Parts: zero-shot; uniform LoRA at a quarter, half, one, two and four times the budget's rank; full fine-tuning;
-fourteen schedules at one budget. Each with seeds 0-2. Finished trials are kept and never repeated.
+twelve schedules at one budget. Each with seeds 0-2. Finished trials are kept and never repeated.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
@@ -32,24 +33,25 @@ def placed(graph: ComputationGraph, budget: Budget, name: str, keep: set[tuple[i
 
 
 def contrasting(study: Study) -> Iterable[RankSchedule]:
-    """Fourteen schedules at the study's budget, from close to uniform to extreme."""
+    """Twelve schedules at the study's budget, from close to uniform to extreme."""
     graph, budget, profile = study.graph, study.budget, measure_profile(study)
-    wish = {"graph": graph, "budget": budget, "profile": profile, "n_stages": 3, "delta": 1}
-    request = AllocationRequest(**wish)
-    for name in ("uniform", "coarse", "fine", "linear", "exponential", "decreasing"):
-        yield allocate(name, request)
-    measured = allocate("fine", AllocationRequest(**wish, rule="profile"))
-    yield RankSchedule("fine-profile", graph, measured.ranks, budget.parameters)
-    for seed in (0, 1):
-        drawn = allocate("random", AllocationRequest(**wish, seed=seed))
-        yield RankSchedule(f"random-{seed}", graph, drawn.ranks, budget.parameters)
+    request = AllocationRequest(graph, budget, profile, n_stages=3, delta=1)
+    for name in ("uniform", "coarse", "fine", "exponential", "decreasing"):
+        yield named(name, allocate(name, request))
+    yield named("coarse-delta-2", allocate("coarse", replace(request, delta=2)))
+    yield named("fine-profile", allocate("fine", replace(request, rule="profile")))
+    yield named("random", allocate("random", request))
     pairs = [(p.layer, p.component) for p in graph.projections]
     half = graph.n_layers // 2
     yield placed(graph, budget, "first-half", {(i, c) for i, c in pairs if i < half})
     yield placed(graph, budget, "second-half", {(i, c) for i, c in pairs if i >= half})
     yield placed(graph, budget, "attention-only", {(i, c) for i, c in pairs if c in ATTENTION})
     yield placed(graph, budget, "feed-forward-only", {(i, c) for i, c in pairs if c not in ATTENTION})
-    yield placed(graph, budget, "last-two-layers", {(i, c) for i, c in pairs if i >= graph.n_layers - 2})
+
+
+def named(name: str, schedule: RankSchedule) -> RankSchedule:
+    """The schedule under the name that its trials are filed by."""
+    return replace(schedule, name=name)
 
 
 def budgets(study: Study) -> Iterable[RankSchedule]:
@@ -58,7 +60,7 @@ def budgets(study: Study) -> Iterable[RankSchedule]:
         rank = factor * study.budget.rank
         if rank >= 1:
             made = allocate("uniform", AllocationRequest(study.graph, Budget.of_rank(study.graph, int(rank))))
-            yield RankSchedule(f"uniform-r{int(rank)}", study.graph, made.ranks, made.parameters)
+            yield named("uniform" if factor == 1 else f"uniform-r{int(rank)}", made)
 
 
 def table(title: str, trials: dict[str, list[TrialRecord]]) -> None:
@@ -88,10 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/regime"))
     parser.add_argument("--only", choices=("budgets", "schedules"))
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    config = load_config(None, split_overrides(arguments.overrides))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    arguments, overrides = parser.parse_known_args()
+    config = load_config(None, split_overrides(overrides))
     study = prepare_study(config, arguments.out)
     parts: dict[str, list[tuple[str, RankSchedule | None]]] = {
         "budgets": [(s.name, s) for s in budgets(study)] + [("full", None)],
@@ -101,10 +102,10 @@ def main() -> None:
     for part, wanted in parts.items():
         if arguments.only in (None, part):
             found: dict[str, list[TrialRecord]] = {}
-            for seed in range(arguments.seeds):
+            for seed in arguments.seeds:
                 for name, schedule in wanted:
                     found.setdefault(name, []).append(run_trial(study, name, schedule, seed))
-                table(f"{part}, {seed + 1} seed(s)", found)
+                table(f"{part}, seeds up to {seed}", found)
 
 
 if __name__ == "__main__":

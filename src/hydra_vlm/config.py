@@ -42,8 +42,8 @@ class BudgetConfig(_Section):
 class ProfileConfig(_Section):
     """The short LoRA run that measures gradient norms."""
 
-    steps: int = Field(60, gt=1)
-    skip: int = Field(10, ge=1, description="first steps left out: B starts at zero, so A has no gradient at step 1")
+    steps: int = Field(40, gt=1)
+    skip: int = Field(5, ge=1, description="first steps left out: B starts at zero, so A has no gradient at step 1")
     rank: int | None = Field(None, ge=1, description="rank of the measuring LoRA (default: the budget's)")
     seed: int = 0
 
@@ -69,9 +69,10 @@ class ScalingConfig(_Section):
 class TrainingConfig(_Section):
     """Stage II: LoRA in the decoder plus the projector, frozen tower, AdamW, cosine with warm-up."""
 
-    steps: int | None = Field(400, gt=0, description="optimizer steps (default: `epochs`)")
+    steps: int | None = Field(160, gt=0, description="optimizer steps (null: as many as `epochs` take)")
     epochs: float = Field(1.0, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
+    full_learning_rate: float = Field(1e-3, gt=0, description="of the baseline that trains the whole decoder")
     projector_learning_rate: float | None = Field(None, gt=0, description="default: the learning rate")
     batch_size: int = Field(32, gt=0, description="global batch: per-device batch x accumulation x devices")
     device_batch_size: int | None = Field(None, gt=0, description="what fits on one device (default: the global batch)")
@@ -80,7 +81,7 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    save_steps: int = Field(100, gt=0)
+    save_steps: int = Field(50, gt=0)
     cache_gigabytes: float = Field(
         2.0, ge=0, description="keep tower features in memory if they take no more than this"
     )
@@ -126,7 +127,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if path is not None:
         place = str(path)
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise ConfigError(f"configuration file {path} does not exist") from None
         except yaml.YAMLError as problem:

@@ -8,7 +8,9 @@ results.json  report.html
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,7 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
     """
     stored = path / "config.yaml"
     if stored.is_file():
-        before = flatten(yaml.safe_load(stored.read_text()) or {})
+        before = flatten(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
         now = flatten(config.model_dump(mode="json"))
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
         if changed:
@@ -83,8 +85,9 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:
-    """Versions, device and, in a checkout, the git revision of this package."""
+    """Command line, versions, device and, in a checkout, the git revision of this package."""
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -223,7 +223,10 @@ def run_trial(study: Study, name: str, schedule: RankSchedule | None, seed: int,
     if name == ZERO_SHOT:
         done = Finetuned(loaded.model, {}, (), math.nan)
     else:
-        done = finetune(loaded, schedule, study.data, study.config.training, seed, folder / "checkpoints")
+        settings = study.config.training
+        if schedule is None:
+            settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
+        done = finetune(loaded, schedule, study.data, settings, seed, folder / "checkpoints")
         keep_weights(loaded, done.model, schedule, folder)
     scores = answer_and_score(study, loaded, done.model, folder)
     record = TrialRecord(

@@ -16,7 +16,7 @@ from hydra_vlm.errors import DataError
 
 BUILTIN = ("demo", "easy-vqa")
 VALIDATION_IMAGES = 400
-CATALOGUE_PICTURES = {"train": 2000, "validation": 150, "test": 250}
+CATALOGUE_PICTURES = {"train": 3000, "validation": 300, "test": 300}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def read_records(path: Path, images: Path | None = None) -> list[Record]:
     """
     folder = Path(images) if images else Path(path).parent
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist: give the path of a LLaVA-format JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
@@ -80,7 +80,7 @@ def check_images(path: Path, records: Sequence[Record]) -> None:
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write LLaVA-format records as they are, one JSON list."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(records), indent=0))
+    path.write_text(json.dumps(list(records), indent=0), encoding="utf-8")
 
 
 def sample(items: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:

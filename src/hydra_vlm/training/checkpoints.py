@@ -22,7 +22,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / LAST_WRITTEN).read_text())
+        json.loads((checkpoint / LAST_WRITTEN).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
     return True
