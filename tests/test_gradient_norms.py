@@ -12,7 +12,7 @@ from hydra_vlm.data.records import read_records
 from hydra_vlm.data.templates import template
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.training.gradient_norms import GradientNormCallback
-from hydra_vlm.training.recipe import InstructionData, finetune_prepared, prepare
+from hydra_vlm.training.recipe import InstructionData, finetune, prepare
 from tiny import toy_config
 
 STEPS, BATCH = 3, 4
@@ -42,7 +42,7 @@ def test_norms_equal_a_plain_recomputation(
     steps = _Steps(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hydra_vlm.training.recipe.Collate", lambda *_: seen)
-        finetune_prepared(
+        finetune(
             model, loaded, InstructionData(data, None, None), config.training, 3, tmp_path / "run", [callback, steps]
         )
     assert len(callback.norms) == STEPS

@@ -90,7 +90,6 @@ def test_the_adapter_is_plain_peft_and_gives_the_trained_model(finished: Path, t
 def test_a_finished_run_is_not_repeated(finished: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = outcome(finished / "run")
     monkeypatch.setattr(job, "finetune", None)
-    monkeypatch.setattr(job, "finetune_prepared", None)
     job.tune(toy_config(tiny_model, finished / "toy", SPLIT_UP), finished / "run", quiet)
     assert outcome(finished / "run") == before
 

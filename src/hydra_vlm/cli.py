@@ -87,9 +87,10 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure gradient norms by layer and component in a short LoRA run."""
+    settings = _config(config, context.args)
     from hydra_vlm.tune import measure_profile, prepare_study
 
-    study = prepare_study(_config(config, context.args), out, _say)
+    study = prepare_study(settings, out, _say)
     measured = measure_profile(study, _say)
     print(json.dumps(measured.to_json()) if as_json else measured.table())
     _say(f"profile: {study.folder.profile}")
@@ -107,9 +108,10 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune with one schedule, answer the test questions, keep adapter and record."""
+    settings = _config(config, context.args)
     from hydra_vlm.tune import prepare_study, run_trial, schedule_for
 
-    study = prepare_study(_config(config, context.args), out, _say)
+    study = prepare_study(settings, out, _say)
     name, ranks = schedule_for(study, schedule, _say)
     record = run_trial(study, name, ranks, seed, _say)
     folder = study.folder.trial(record.key)
@@ -126,9 +128,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer the test questions with a model or an adapter and score them."""
+    settings = _config(config, context.args)
     from hydra_vlm.tune import evaluate_adapter, prepare_study
 
-    study = prepare_study(_config(config, context.args), out, _say)
+    study = prepare_study(settings, out, _say)
     scores = evaluate_adapter(study, adapter, _say)
     print(json.dumps([s.to_json() for s in scores]) if as_json else "\n".join(s.summary() for s in scores))
     _say(f"predictions and scores: {out}")
@@ -142,19 +145,10 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """Profile, allocate, fine-tune every schedule, score, compare, report."""
-    from hydra_vlm.report.comparison import compare
-    from hydra_vlm.report.page import write_report
-    from hydra_vlm.report.run import load_run
+    settings = _config(config, context.args)
     from hydra_vlm.tune import tune as run
 
-    folder = run(_config(config, context.args), out, _say)
-    comparison = compare(load_run(folder.path))
-    from hydra_vlm.files import write_json
-
-    write_json(folder.results, comparison.to_json())
-    page = write_report(folder.path)
-    print(json.dumps(comparison.to_json()) if as_json else comparison.table())
-    _say(f"report: {page}")
+    _report(run(settings, out, _say).path, as_json)
 
 
 @app.command()
@@ -163,24 +157,37 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html from a run folder's records and print the comparison. Loads no torch."""
+    _report(run, as_json)
+
+
+def _report(run: Path, as_json: bool) -> None:
+    """results.json, report.html, and the comparison on standard output."""
+    from hydra_vlm.files import write_json
     from hydra_vlm.report.comparison import compare
     from hydra_vlm.report.page import write_report
     from hydra_vlm.report.run import load_run
 
-    page = write_report(run)
     comparison = compare(load_run(run))
+    write_json(run / "results.json", comparison.to_json())
+    page = write_report(run)
     print(json.dumps(comparison.to_json()) if as_json else comparison.table())
     _say(f"report: {page}")
 
 
 def _config(first: str | None, rest: list[str]) -> Any:
+    """The configuration of a command that loads a model; transformers' own bars and notices are turned off."""
     from hydra_vlm.config import load_config, split_overrides
 
     words = [first, *rest] if first else rest
     path = None
     if first and "=" not in first and not first.startswith("--"):
         path, words = Path(first), rest
-    return load_config(path, split_overrides(words))
+    config = load_config(path, split_overrides(words))
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    return config
 
 
 def _say(line: str) -> None:

@@ -48,10 +48,6 @@ class RunFolder:
     def graph(self) -> Path:
         return self.path / "graph.json"
 
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
     def schedule(self, name: str) -> Path:
         return self.path / "schedules" / f"{name}.json"
 

@@ -28,6 +28,7 @@ from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.files import read_json, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import load_adapter, read_schedule, require_schedule_fits, save_adapter
+from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
@@ -39,7 +40,6 @@ from hydra_vlm.training.recipe import (
     Finetuned,
     InstructionData,
     finetune,
-    finetune_prepared,
     prepare,
     resolve_bf16,
 )
@@ -68,7 +68,7 @@ class Study:
 
 
 def tune(config: Config, out: Path, say: Say = print) -> RunFolder:
-    """Run everything that `config` asks for; returns the run folder with results.json and report.html in it."""
+    """Run everything that `config` asks for and return the run folder, from which the report is made."""
     study = prepare_study(config, out, say)
     profile = measure_profile(study, say)
     schedules = allocate_all(study, profile)
@@ -138,11 +138,12 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     )
     training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9})
     model = prepare(loaded, schedule, training, settings.seed)
+    say(adaptation_summary(model, loaded.parts))
     callback = GradientNormCallback(model, loaded.parts)
-    scratch = study.folder.trial("profile")
+    scratch = study.folder.path / "profile-run"
     unvalidated = InstructionData(study.data.train, None, study.data.features)
     shutil.rmtree(scratch, ignore_errors=True)
-    finetune_prepared(model, loaded, unvalidated, training, settings.seed, scratch, [callback])
+    finetune(model, loaded, unvalidated, training, settings.seed, scratch, [callback])
     shutil.rmtree(scratch)
     profile = callback.profile(settings.skip)
     write_json(stored, profile.to_json())
@@ -226,7 +227,8 @@ def run_trial(study: Study, name: str, schedule: RankSchedule | None, seed: int,
         settings = study.config.training
         if schedule is None:
             settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
-        done = finetune(loaded, schedule, study.data, settings, seed, folder / "checkpoints")
+        opened = prepare(loaded, schedule, settings, seed)
+        done = finetune(opened, loaded, study.data, settings, seed, folder / "checkpoints")
         keep_weights(loaded, done.model, schedule, folder)
     scores = answer_and_score(study, loaded, done.model, folder)
     record = TrialRecord(

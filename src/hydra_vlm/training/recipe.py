@@ -58,22 +58,6 @@ def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: Traini
 
 
 def finetune(
-    loaded: LoadedModel,
-    schedule: RankSchedule | None,
-    data: InstructionData,
-    settings: TrainingConfig,
-    seed: int,
-    folder: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Finetuned:
-    """Train a freshly loaded model; a run that was stopped goes on from its last whole checkpoint in `folder`.
-
-    The data order follows from `seed` alone, so schedules are compared on the same batches.
-    """
-    return finetune_prepared(prepare(loaded, schedule, settings, seed), loaded, data, settings, seed, folder, callbacks)
-
-
-def finetune_prepared(
     model: nn.Module,
     loaded: LoadedModel,
     data: InstructionData,
@@ -82,7 +66,10 @@ def finetune_prepared(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Finetuned:
-    """`finetune` for a model whose trained parameters are open already (the profile needs its tensors beforehand)."""
+    """Train what `prepare` opened; a run that was stopped goes on from its last whole checkpoint in `folder`.
+
+    The data order follows from `seed` alone, so schedules are compared on the same batches.
+    """
     trainer = VLMTrainer(
         model=model,
         parts=loaded.parts,

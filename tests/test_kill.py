@@ -1,0 +1,71 @@
+"""`kill -9` during `hydra-vlm tune`, then the same command: the same result as without."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tiny import toy_config
+
+pytestmark = pytest.mark.slow
+
+# Where the kill falls: in the profile, in the second schedule's training, between training and scoring of the last one.
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "profile": lambda run: (run / "profile-run").exists(),
+    "training": lambda run: any(run.glob("trials/coarse-seed0/checkpoints/checkpoint-4")),
+    "scoring": lambda run: (run / "trials/fine-seed0/adapter/adapter_config.json").exists(),
+}
+
+
+def start(config: Path, run: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hydra_vlm.cli", "tune", str(config), "--out", str(run)]
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """Losses and scores of every trial, and what each adapter holds."""
+    found: dict[str, object] = {}
+    for path in sorted(run.glob("trials/*/record.json")):
+        record = json.loads(path.read_text())
+        del record["seconds"]
+        weights = path.parent / "adapter" / "adapter_model.safetensors"
+        found[path.parent.name] = (record, weights.read_bytes() if weights.exists() else None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """A configuration file and the outcome of its undisturbed run."""
+    from tiny import write_toy_data
+
+    home = tmp_path_factory.mktemp("kill")
+    config = home / "config.yaml"
+    config.write_text(toy_config(tiny_model, write_toy_data(home / "toy"), "training.steps=8").to_yaml())
+    assert start(config, home / "undisturbed").wait() == 0
+    return config, outcome(home / "undisturbed")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_as_an_undisturbed_one(
+    prepared: tuple[Path, dict[str, object]], tmp_path: Path, moment: str
+) -> None:
+    config, expected = prepared
+    run = tmp_path / "run"
+    process = start(config, run)
+    deadline = time.monotonic() + 300
+    while not MOMENTS[moment](run):
+        assert process.poll() is None, "the run ended before the kill"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert outcome(run) != expected
+    assert start(config, run).wait() == 0
+    assert outcome(run) == expected
