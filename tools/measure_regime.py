@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/regime"))
     parser.add_argument("--only", choices=("budgets", "schedules"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--names", nargs="+", help="only these rows (default: all)")
     arguments, overrides = parser.parse_known_args()
     config = load_config(None, split_overrides(overrides))
     study = prepare_study(config, arguments.out)
@@ -102,6 +103,7 @@ def main() -> None:
     for part, wanted in parts.items():
         if arguments.only in (None, part):
             found: dict[str, list[TrialRecord]] = {}
+            wanted = [(name, s) for name, s in wanted if arguments.names is None or name in arguments.names]
             for seed in arguments.seeds:
                 for name, schedule in wanted:
                     found.setdefault(name, []).append(run_trial(study, name, schedule, seed))
