@@ -47,11 +47,11 @@ def test_bad_profiles() -> None:
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (llama_graph("longer", 3, 8, 24), "it has 2 layers, the model has 3"),
-        (llama_graph("other", 2, 8, 24), "its components are q_proj, up_proj, the model's q_proj, k_proj"),
+        (llama_graph("longer", 3, 8, 24), "it has 2 decoder layers where the other has 3 decoder layers"),
+        (llama_graph("other", 2, 8, 24), "components q_proj, up_proj where the other has q_proj, k_proj"),
         (
             ComputationGraph("wider", (*GRAPH.projections[:2], Projection(1, "up_proj", 8, 32))),
-            "its layer 2 is up_proj 8x24, the model's up_proj 8x32",
+            "layer 2 with up_proj 8x24 where the other has up_proj 8x32",
         ),
     ],
 )

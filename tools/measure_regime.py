@@ -93,6 +93,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--names", nargs="+", help="only these rows (default: all)")
     arguments, overrides = parser.parse_known_args()
+    swallowed = [name for name in arguments.names or () if "=" in name]
+    if swallowed:
+        parser.error(f"{swallowed[0]} would be read as one of --names: put overrides before --names")
     config = load_config(None, split_overrides(overrides))
     study = prepare_study(config, arguments.out)
     parts: dict[str, list[tuple[str, RankSchedule | None]]] = {

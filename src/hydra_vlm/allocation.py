@@ -30,7 +30,7 @@ from typing import Literal, get_args
 
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import ComputationGraph
-from hydra_vlm.profile import GradientNormProfile, partition_into_stages, require_same_graph
+from hydra_vlm.profile import GradientNormProfile, require_same_graph, stages_of
 from hydra_vlm.schedule import REFERENCE_SCALING, RankSchedule, Scaling, Stages, check_stages
 from hydra_vlm.spending import Ascent, Worth, fill, repair
 
@@ -129,7 +129,7 @@ class AllocationRequest:
         if self.stages is not None:
             return self.stages
         if self.profile is not None:
-            return partition_into_stages(self.profile.layer_norms(), self.n_stages)
+            return stages_of(self.profile, self.n_stages)
         raise StageError(
             "stages are sets of layers with similar gradient norms; neither stages nor a profile is given.",
             nearest="Name the stages, such as 1-8,9-12,13-24, or give a profile and n_stages.",
@@ -231,11 +231,11 @@ def _infeasible(request: AllocationRequest, frame: _Frame) -> BudgetError:
     nearest = f"Raise the budget to rank {-(-least // request.graph.cost)} (at least {least:,} parameters)"
     fewer = None
     if request.stages is None and request.profile is not None:
-        norms = request.profile.layer_norms()
+        profile = request.profile
         fewer = next(
             n
             for n in range(len(frame.sizes) - 1, 0, -1)
-            if _Frame.of(request, partition_into_stages(norms, n)).least_parameters() <= frame.parameters
+            if _Frame.of(request, stages_of(profile, n)).least_parameters() <= frame.parameters
         )
         nearest += f" or lower n_stages to {fewer}"
     return BudgetError(
@@ -303,13 +303,16 @@ def _shift(base: RankSchedule, offsets: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def measured_offsets(profile: GradientNormProfile, delta: int) -> dict[str, int]:
-    """-Δd, 0 or +Δd for each component, as its norm is notably below, near or above the components' mean."""
+    """-Δd, 0 or +Δd for each component, as its norm is notably below, near or above the mean of its part's."""
     norms = profile.component_norms()
-    mean = fmean(norms.values())
-    return {
-        component: delta * ((norm > (1 + NOTABLE) * mean) - (norm < (1 - NOTABLE) * mean))
-        for component, norm in norms.items()
-    }
+    offsets = {}
+    for layers in profile.graph.part_layers.values():
+        components = {p.component for layer in layers for p in profile.graph.layer(layer)}
+        mean = fmean(norms[component] for component in components)
+        for component in components:
+            high, low = norms[component] > (1 + NOTABLE) * mean, norms[component] < (1 - NOTABLE) * mean
+            offsets[component] = delta * (high - low)
+    return offsets
 
 
 def measured_worth(profile: GradientNormProfile, base: Sequence[int]) -> Worth:
@@ -356,7 +359,7 @@ def exponential(request: AllocationRequest) -> RankSchedule:
 
 def _ramp(request: AllocationRequest, name: str, weight: Callable[[float], float]) -> RankSchedule:
     graph = request.graph
-    weights = [weight(layer / max(1, graph.n_layers - 1)) for layer in range(graph.n_layers)]
+    weights = [weight(graph.depth(layer)) for layer in range(graph.n_layers)]
     scale = request.budget.parameters / sum(w * cost for w, cost in zip(weights, graph.layer_costs, strict=True))
     return request.schedule(name, _near(request, [scale * weights[p.layer] for p in graph.projections]))
 

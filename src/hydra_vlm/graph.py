@@ -32,12 +32,16 @@ PRESETS: Mapping[str, tuple[int, int, int]] = {
 }
 """The paper's two language models: name -> (layers, hidden size, feed-forward size)."""
 
+DECODER = "decoder"
+"""The part that the paper adapts, and the only one of most graphs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One linear module of one decoder layer.
+    """One linear module of one layer.
 
-    `layer` counts from 0; `component` is the module's own name, such as "q_proj" or "qkv_proj".
+    `layer` counts from 0; `component` is the module's own name, such as "q_proj" or "qkv_proj", with the part before it
+    outside of the decoder, as in "tower.q_proj".
     """
 
     layer: int
@@ -53,23 +57,28 @@ class Projection:
 
 @dataclass(frozen=True, repr=False)
 class ComputationGraph:
-    """The adaptable projections of a decoder, layer by layer.
+    """The adaptable projections of a decoder, layer by layer, and of other parts where they are adapted too.
 
     Layers may differ in shape and in the components they have; every layer has at least one. The projections
     are put in order of layer, then of each component's first appearance, so graphs with the same content are
-    equal.
+    equal. `parts` names the parts with their numbers of layers; layers are counted through all of them, so that with
+    (("decoder", 24), ("tower", 23)) the tower's first layer is layer 24. Left out, all layers are the decoder's.
 
-    Raises ConfigError when a projection is repeated, a layer is empty, or a size is not positive.
+    Raises ConfigError when a projection is repeated, a layer is empty, a size is not positive, or the parts do not add
+    up to the layers.
     """
 
     name: str
     projections: tuple[Projection, ...]
+    parts: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         by_layer = sorted(self.projections, key=lambda p: p.layer)
         order = {component: i for i, component in enumerate(dict.fromkeys(p.component for p in by_layer))}
         by_layer.sort(key=lambda p: (p.layer, order[p.component]))
         object.__setattr__(self, "projections", tuple(by_layer))
+        if by_layer and not self.parts:
+            object.__setattr__(self, "parts", ((DECODER, self.n_layers),))
         self._check()
 
     def _check(self) -> None:
@@ -82,6 +91,8 @@ class ComputationGraph:
             raise ConfigError(f"graph {self.name!r}: every layer needs a projection, but {where}.")
         if len(self._positions) < len(self.projections):
             raise ConfigError(f"graph {self.name!r} lists a (layer, component) twice.")
+        if sum(n for _, n in self.parts) != self.n_layers or len(dict(self.parts)) < len(self.parts):
+            raise ConfigError(f"graph {self.name!r}: parts {self.parts} do not add up to {self.n_layers} layers.")
         for p in self.projections:
             if p.in_features < 1 or p.out_features < 1:
                 raise ConfigError(
@@ -125,6 +136,44 @@ class ComputationGraph:
     def _positions(self) -> dict[tuple[int, str], int]:
         return {(p.layer, p.component): i for i, p in enumerate(self.projections)}
 
+    @cached_property
+    def part_layers(self) -> dict[str, range]:
+        """Which layers are each part's."""
+        ranges, start = {}, 0
+        for part, n in self.parts:
+            ranges[part] = range(start, start + n)
+            start += n
+        return ranges
+
+    def place(self, layer: int) -> tuple[str, int]:
+        """The part of a layer (0-based) and its number within it (0-based)."""
+        return next((part, layer - r.start) for part, r in self.part_layers.items() if layer in r)
+
+    def depth(self, layer: int) -> float:
+        """How deep a layer lies in its part, from 0 (first) to 1 (last)."""
+        part, number = self.place(layer)
+        return number / max(1, len(self.part_layers[part]) - 1)
+
+    def label(self, layer: int) -> str:
+        """A layer's name for people, counted from 1: "3" in the decoder, "tower 3" elsewhere."""
+        part, number = self.place(layer)
+        return str(number + 1) if part == DECODER else f"{part} {number + 1}"
+
+    def difference(self, other: "ComputationGraph") -> str | None:
+        """The first difference to another graph in words, this one's side first; None when only the names differ."""
+        if self.projections == other.projections and self.parts == other.parts:
+            return None
+        if self.parts != other.parts:
+            ours, theirs = (" and ".join(f"{n} {part} layers" for part, n in g.parts) for g in (self, other))
+            return f"{ours} where the other has {theirs}"
+        if set(self.components) != set(other.components):
+            return f"components {', '.join(self.components)} where the other has {', '.join(other.components)}"
+        layer = next(i for i in range(self.n_layers) if self.layer(i) != other.layer(i))
+        ours, theirs = (
+            ", ".join(f"{p.component} {p.in_features}x{p.out_features}" for p in g.layer(layer)) for g in (self, other)
+        )
+        return f"layer {self.label(layer)} with {ours} where the other has {theirs}"
+
     def layer(self, layer: int) -> tuple[Projection, ...]:
         """The projections of a layer (0-based)."""
         return self._layers[layer]
@@ -150,6 +199,7 @@ class ComputationGraph:
         """A JSON-ready object; `layers` is a list over layers of component -> [in_features, out_features]."""
         return {
             "name": self.name,
+            "parts": dict(self.parts),
             "components": list(self.components),
             "layers": [{p.component: [p.in_features, p.out_features] for p in layer} for layer in self._layers],
         }
@@ -164,7 +214,8 @@ class ComputationGraph:
                 for layer, shapes in enumerate(data["layers"])
                 for component, shape in sorted(shapes.items(), key=lambda item: components.index(item[0]))
             ]
-            return cls(str(data["name"]), tuple(projections))
+            parts = tuple((str(part), int(n)) for part, n in data.get("parts", {}).items())
+            return cls(str(data["name"]), tuple(projections), parts)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"not a computation graph: {type(error).__name__} {error}.") from error
 

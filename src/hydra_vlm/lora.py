@@ -10,9 +10,8 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def lora_config(schedule: RankSchedule, parts: ModelParts, dropout: float = 0.0)
         lora_alpha=alpha(top),
         lora_dropout=dropout,
         use_rslora=stabilised,
-        target_modules=_whole_names(ranks, parts.layers),
+        target_modules=_whole_names(ranks, parts.lists),
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != top},
         alpha_pattern={f"^{re.escape(name)}": alpha(rank) for name, rank in ranks.items() if alpha(rank) != alpha(top)},
         fan_in_fan_out=parts.transposed,
@@ -95,7 +94,7 @@ def attach(
     for, or PEFT warns. The model is then as it was.
     """
     _require_bare(model)
-    parts = parts if parts is not None else find_parts(model)
+    parts = parts if parts is not None else find_parts(model, adapt=tuple(schedule.graph.part_layers))
     config = lora_config(schedule, parts, dropout)
     with _strict(model, f"adapter of schedule {schedule.name!r}"):
         peft_model: PeftModel = get_peft_model(model, config)
@@ -169,8 +168,8 @@ def load_adapter(
     for name in (CONFIG, WEIGHTS, SCHEDULE):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} has no {name}: it is not an adapter saved by hydra-vlm.")
-    parts = parts if parts is not None else find_parts(model)
     schedule = read_schedule(folder / SCHEDULE)
+    parts = parts if parts is not None else find_parts(model, adapt=tuple(schedule.graph.part_layers))
     require_schedule_fits(schedule, parts.graph)
     with _strict(model, f"adapter in {folder}"):
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -227,29 +226,29 @@ def detach(peft_model: PeftModel) -> nn.Module:
 
 def require_schedule_fits(schedule: RankSchedule, graph: ComputationGraph) -> None:
     """Raises GraphMismatchError, naming the first difference, unless the schedule has the graph's projections."""
-    asked, there = schedule.graph.projections, graph.projections
-    if asked == there:
-        return
-    ours, theirs = next((a, b) for a, b in zip_longest(asked, there) if a != b)
-
-    def text(p: Any) -> str:
-        return f"layer {p.layer + 1} {p.component} {p.in_features}x{p.out_features}" if p else "nothing more"
-
-    raise GraphMismatchError(
-        f"schedule {schedule.name!r} is for {schedule.graph.name!r} ({schedule.graph.n_layers} layers, "
-        f"{len(asked)} projections), the model is {graph.name!r} ({graph.n_layers} layers, {len(there)} projections): "
-        f"the schedule has {text(ours)} where the model has {text(theirs)}. Make a schedule for this model."
-    )
+    difference = schedule.graph.difference(graph)
+    if difference is not None:
+        raise GraphMismatchError(
+            f"schedule {schedule.name!r} is for {schedule.graph.name!r}, the model is {graph.name!r}: the schedule has "
+            f"{difference}. Make a schedule for this model."
+        )
 
 
-def _whole_names(names: Iterable[str], layers: str) -> str:
+def _whole_names(names: Iterable[str], lists: Sequence[str]) -> str:
     """A regular expression that fits these names as a whole and no other; layers are grouped to keep it short."""
-    numbers: dict[str, list[str]] = {}
+    numbers: dict[tuple[str, str], list[str]] = {}
+    choices = []
     for name in names:
-        number, _, path = name.removeprefix(f"{layers}.").partition(".")
-        numbers.setdefault(path, []).append(number)
-    choices = (rf"(?:{'|'.join(found)})\.{re.escape(path)}" for path, found in numbers.items())
-    return rf"{re.escape(layers)}\.(?:{'|'.join(choices)})"
+        inside = next((path for path in lists if name.startswith(f"{path}.")), None)
+        if inside is None:
+            choices.append(re.escape(name))
+            continue
+        number, _, path = name.removeprefix(f"{inside}.").partition(".")
+        numbers.setdefault((inside, path), []).append(number)
+    choices += [
+        rf"{re.escape(inside)}\.(?:{'|'.join(found)})\.{re.escape(path)}" for (inside, path), found in numbers.items()
+    ]
+    return "|".join(choices)
 
 
 def _adapted(peft_model: PeftModel) -> dict[str, LoraLayer]:
@@ -300,7 +299,7 @@ def _verify(peft_model: PeftModel, schedule: RankSchedule, parts: ModelParts) ->
     layers = _adapted(peft_model)
     stray = sorted(set(layers) - set(parts.names()))
     if stray:
-        raise AdapterError(f"PEFT adapted {len(stray)} modules outside the decoder's layers, such as {stray[0]}.")
+        raise AdapterError(f"PEFT adapted {len(stray)} modules outside of the graph, such as {stray[0]}.")
     built = ranks_of(peft_model, parts)
     for name, got, asked in zip(parts.names(), built, schedule.ranks, strict=True):
         if got != asked:

@@ -85,11 +85,16 @@ class GradientNormProfile:
         """Plain text: mean gradient norm by layer (the paper's Fig. 3) and by component (Table I)."""
         layers, spreads = self.layer_norms(), self.layer_spread()
         top = max(layers) or 1.0
-        lines = [f"gradient norms over {self.steps} steps ({self.skipped} skipped)", "", "layer       mean    spread"]
-        for i, (norm, spread) in enumerate(zip(layers, spreads, strict=True), start=1):
-            lines.append(f"{i:5}  {norm:9.5f} {spread:9.5f}  {'█' * round(30 * norm / top)}")
-        lines += ["", "component        mean"]
-        lines += [f"{name:12} {norm:9.5f}" for name, norm in self.component_norms().items()]
+        lines = [f"gradient norms over {self.steps} steps ({self.skipped} skipped)", ""]
+        labels = [self.graph.label(layer) for layer in range(self.graph.n_layers)]
+        width = max(5, *map(len, labels))
+        lines.append(f"{'layer':>{width}}  {'mean':>9} {'spread':>9}")
+        for label, norm, spread in zip(labels, layers, spreads, strict=True):
+            lines.append(f"{label:>{width}}  {norm:9.5f} {spread:9.5f}  {'█' * round(30 * norm / top)}")
+        components = self.component_norms()
+        width = max(12, *map(len, components))
+        lines += ["", f"{'component':{width}} {'mean':>9}"]
+        lines += [f"{name:{width}} {norm:9.5f}" for name, norm in components.items()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -137,23 +142,33 @@ def require_same_graph(profile: GradientNormProfile, graph: ComputationGraph) ->
 
     The name of the graph does not count, only layers, components and shapes do.
     """
-    theirs = profile.graph
-    if theirs.projections == graph.projections:
-        return
-    if theirs.n_layers != graph.n_layers:
-        difference = f"it has {theirs.n_layers} layers, the model has {graph.n_layers}"
-    elif set(theirs.components) != set(graph.components):
-        difference = f"its components are {', '.join(theirs.components)}, the model's {', '.join(graph.components)}"
-    else:
-        a, b = next(
-            (a, b) for layer in range(graph.n_layers) for a, b in [(theirs.layer(layer), graph.layer(layer))] if a != b
+    difference = profile.graph.difference(graph)
+    if difference is not None:
+        raise GraphMismatchError(
+            f"the profile was measured on {profile.graph.name!r}, which is not {graph.name!r}: it has {difference}. "
+            "Profile this model, or name the one that the profile belongs to."
         )
-        shapes = [", ".join(f"{p.component} {p.in_features}x{p.out_features}" for p in layer) for layer in (a, b)]
-        difference = f"its layer {a[0].layer + 1} is {shapes[0]}, the model's {shapes[1]}"
-    raise GraphMismatchError(
-        f"the profile was measured on {theirs.name!r}, which is not {graph.name!r}: {difference}. "
-        "Profile this model, or name the one that the profile belongs to."
-    )
+
+
+def stages_of(profile: GradientNormProfile, n_stages: int) -> Stages:
+    """The layers in stages by their gradient norms, each part by itself (norms of two parts do not compare).
+
+    Stage i is the union of the parts' i-th stages, so that Eq. 5-8 spend one budget on all parts. A part with fewer
+    distinct norms than `n_stages` has as many stages as it can, the lowest ones.
+
+    Raises StageError as `partition_into_stages` does, when not even one part has that many.
+    """
+    norms = profile.layer_norms()
+    parts = [[norms[layer] for layer in layers] for layers in profile.graph.part_layers.values()]
+    most = max(len(set(values)) for values in parts)
+    if n_stages > most:
+        partition_into_stages(max(parts, key=lambda values: len(set(values))), n_stages)
+    joined: list[list[int]] = [[] for _ in range(n_stages)]
+    for values, layers in zip(parts, profile.graph.part_layers.values(), strict=True):
+        stages = partition_into_stages(values, min(n_stages, len(set(values))) if n_stages > 0 else n_stages)
+        for stage, members in zip(joined, stages, strict=False):
+            stage.extend(layers[i] for i in members)
+    return tuple(map(tuple, joined))
 
 
 def partition_into_stages(layer_norms: Sequence[float], n_stages: int) -> Stages:

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
-from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.graph import DECODER, ComputationGraph
 
 Stages = tuple[tuple[int, ...], ...]
 ScalingRule = Literal["constant", "fixed", "rslora"]
@@ -188,7 +188,9 @@ class RankSchedule:
             layers = [layer for layer, _ in run]
             parameters = sum(ranks[p.component] * p.cost for layer in layers for p in self.graph.layer(layer))
             cells = (str(ranks.get(component, "-")) for component in components)
-            rows.append([_ranges(layers)[0], *cells, f"{parameters:,}"])
+            part, first = self.graph.place(layers[0])
+            within = _ranges([first + layer - layers[0] for layer in layers])[0]
+            rows.append([within if part == DECODER else f"{part} {within}", *cells, f"{parameters:,}"])
         widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([*lines, self.usage()])

@@ -1,13 +1,13 @@
 """Which modules of a loaded model are its decoder, its projector and its vision tower, and what LoRA may adapt.
 
-The paper adapts the linear projections of the decoder's layers; embeddings, the output head, the projector and the
-tower are not part of the computation graph. Only names, types and shapes are read, so a model on the meta device
-will do.
+The paper adapts the linear projections of the decoder's layers; embeddings and the output head are not part of the
+computation graph, and the tower and the projector only where they are asked for. Only names, types and shapes are read,
+so a model on the meta device will do.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hydra_vlm.errors import AdapterError, ConfigError
-from hydra_vlm.graph import ComputationGraph, Projection
+from hydra_vlm.graph import DECODER, ComputationGraph, Projection
 
 DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder", "llm")
 TOWER_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
@@ -29,6 +29,9 @@ PROJECTOR_NAMES = (
     "language_projection",
     "aligner",
 )
+TOWER, PROJECTOR = "tower", "projector"
+ADAPTABLE = (DECODER, TOWER, PROJECTOR)
+"""The parts that LoRA may reach, in the order in which a graph lists them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class ModelParts:
 
     `decoder` is "" when the model is nothing but a decoder. `layers` is the list of decoder layers, so that layer i
     is the module `{layers}.{i}`. `modules` maps (layer, component) to the full module name, with exactly one entry
-    for each projection of `graph`. `transposed` says that weights are stored [in, out], as GPT-2's Conv1D does.
+    for each projection of `graph`. `lists` are the module lists whose members are the graph's layers: the decoder's,
+    and the tower's where it is adapted. `transposed` says that weights are stored [in, out], as GPT-2's Conv1D does.
     """
 
     decoder: str
@@ -46,6 +50,7 @@ class ModelParts:
     layers: str
     modules: Mapping[tuple[int, str], str]
     graph: ComputationGraph
+    lists: tuple[str, ...] = ()
     transposed: bool = False
 
     def names(self) -> tuple[str, ...]:
@@ -53,14 +58,16 @@ class ModelParts:
         return tuple(self.modules[p.layer, p.component] for p in self.graph.projections)
 
 
-def find_parts(model: nn.Module, decoder_pattern: str | None = None) -> ModelParts:
-    """The parts of a transformers-style model and the computation graph of its decoder.
+def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequence[str] = (DECODER,)) -> ModelParts:
+    """The parts of a transformers-style model and the computation graph of what is to be adapted.
 
     `decoder_pattern` is a regular expression that the full names of all decoder layers match, and of no other
     module, such as r"model\\.language_model\\.layers\\.\\d+"; it is needed only where the decoder is not found.
+    `adapt` names the parts that LoRA may reach, of `ADAPTABLE`. The tower's layers are those that lie before the
+    selected feature layer; the projector is one layer with all its linears.
 
-    Raises ConfigError when the decoder is not found or the pattern does not describe one list of layers, AdapterError
-    when the model carries an adapter already.
+    Raises ConfigError when the decoder is not found, the pattern does not describe one list of layers, or a part to be
+    adapted is not there, AdapterError when the model carries an adapter already.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdapterError(
@@ -74,21 +81,65 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None) -> ModelPar
         layers = _layers_matching(model, decoder_pattern)
         decoder = layers.rpartition(".")[0]
     tower = _find_tower(model, names, decoder, layers)
-    linears = _linears(model, layers)
-    modules = _components(linears, layers)
+    projector = _outside(model, PROJECTOR_NAMES, decoder)
+    reach = _reach(model, adapt, {DECODER: layers, TOWER: tower, PROJECTOR: projector})
+    modules: dict[tuple[int, str], str] = {}
+    counts: list[tuple[str, int]] = []
+    for part, located in reach.items():
+        start, prefix = sum(n for _, n in counts), "" if part == DECODER else f"{part}."
+        modules |= {(start + layer, prefix + component): name for (layer, component), name in located.items()}
+        counts.append((part, 1 + max(layer for layer, _ in located)))
+    linears = {name: model.get_submodule(name) for name in modules.values()}
     graph = ComputationGraph(
         _graph_name(model),
         tuple(Projection(layer, component, *_features(linears[name])) for (layer, component), name in modules.items()),
+        tuple(counts),
     )
     return ModelParts(
         decoder=decoder,
-        projector=_outside(model, PROJECTOR_NAMES, decoder),
+        projector=projector,
         tower=tower,
         layers=layers,
         modules=modules,
         graph=graph,
+        lists=(layers, *([_find_layers(model, tower)] if tower and TOWER in reach else [])),
         transposed=any(isinstance(linear, Conv1D) for linear in linears.values()),
     )
+
+
+def _reach(
+    model: nn.Module, adapt: Sequence[str], paths: Mapping[str, str | None]
+) -> dict[str, dict[tuple[int, str], str]]:
+    """For each part to be adapted, (layer within it, component) -> full module name."""
+    unknown = sorted(set(adapt) - set(ADAPTABLE))
+    if unknown or not adapt:
+        raise ConfigError(f"adapt names {unknown[0] if unknown else 'no part'}: choose from {', '.join(ADAPTABLE)}.")
+    reach = {}
+    for part in ADAPTABLE:
+        if part not in adapt:
+            continue
+        path = paths[part]
+        if path is None:
+            raise ConfigError(f"adapt names the {part}, but {type(model).__name__} has none: leave it out.")
+        if part == PROJECTOR:
+            found = {name: m for name, m in model.get_submodule(path).named_modules() if _is_linear(m)}
+            reach[part] = {(0, name or "linear"): f"{path}.{name}" if name else path for name in found}
+        else:
+            layers = path if part == DECODER else _find_layers(model, path)
+            reach[part] = _components(_linears(model, layers), layers)
+        if part == TOWER:
+            used = _layers_used(model, 1 + max(layer for layer, _ in reach[part]))
+            reach[part] = {key: name for key, name in reach[part].items() if key[0] < used}
+        if not reach[part]:
+            raise ConfigError(f"adapt names the {part}, but {path} has no linear layers that run: leave it out.")
+    return reach
+
+
+def _layers_used(model: nn.Module, layers: int) -> int:
+    """How many of the tower's layers come before the deepest hidden state that the model reads (-1: all)."""
+    selected = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    chosen = [selected] if isinstance(selected, int) else list(selected or [-1])
+    return max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
 
 
 def _find_decoder(model: nn.Module, names: Mapping[int, str]) -> str:

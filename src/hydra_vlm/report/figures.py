@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from hydra_vlm.graph import PAPER_SYMBOLS
+from hydra_vlm.graph import PAPER_SYMBOLS, ComputationGraph
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.report.comparison import Measure
@@ -68,10 +68,12 @@ def layer_curve(profile: GradientNormProfile, stages: Stages | None) -> go.Figur
             name=f"stage {i + 1}: layers {format_stages((stage,))}" if stages else "layer",
             hovertemplate="layer %{x}: %{y:.4g}<extra></extra>",
         )
+    step = _layer_step(len(norms))
+    ticks = [layer for layer in range(len(norms)) if (profile.graph.place(layer)[1] + 1) % step == 0]
     figure.update_xaxes(
-        title_text="decoder layer",
-        dtick=_layer_step(len(norms)),
-        tick0=_layer_step(len(norms)),
+        title_text=_layer_title(profile.graph),
+        tickvals=[layer + 1 for layer in ticks],
+        ticktext=[profile.graph.label(layer) for layer in ticks],
         range=[0.4, len(norms) + 0.6],
     )
     figure.update_yaxes(title_text="gradient norm (L2)", rangemode="tozero")
@@ -126,7 +128,7 @@ def rank_map(schedule: RankSchedule, reach: float) -> go.Figure:
     figure.add_heatmap(
         z=ranks,
         x=[_label(symbol(component)) for component in graph.components],
-        y=list(range(1, graph.n_layers + 1)),
+        y=[graph.label(layer) for layer in range(graph.n_layers)],
         zmin=middle - reach,
         zmax=middle + reach,
         colorscale=[list(stop) for stop in RANK_SCALE],
@@ -140,9 +142,15 @@ def rank_map(schedule: RankSchedule, reach: float) -> go.Figure:
     )
     figure.update_xaxes(side="top", showgrid=False, ticks="", tickfont_size=12, tickangle=0)
     figure.update_yaxes(
-        title_text="decoder layer", autorange="reversed", dtick=1, showgrid=False, ticks="", tickfont_size=11
+        title_text=_layer_title(graph),
+        type="category",
+        autorange="reversed",
+        dtick=1,
+        showgrid=False,
+        ticks="",
+        tickfont_size=11,
     )
-    figure.update_layout(margin={"t": 34, "b": 8, "l": 44, "r": 8})
+    figure.update_layout(margin={"t": 34, "b": 8, "l": 44 if len(graph.parts) == 1 else 84, "r": 8})
     return figure
 
 
@@ -299,6 +307,10 @@ def _stage_colours(stages: Stages) -> list[tuple[tuple[int, ...], str]]:
     # stages are ordered by gradient norm, so are their colours; the scale's pale end is left out
     places = [0.85 * i / max(1, len(stages) - 1) for i in range(len(stages))]
     return list(zip(stages, sample_colorscale("Viridis", places), strict=True))
+
+
+def _layer_title(graph: ComputationGraph) -> str:
+    return "decoder layer" if len(graph.parts) == 1 else "layer"
 
 
 def _layer_step(n_layers: int) -> int:

@@ -84,8 +84,9 @@ def _what_was_run(run: RunData, comparison: Comparison) -> str:
     components = ", ".join(figures.symbol(c) for c in graph.components) if graph else ""
     facts = {
         "Model": _brief(config.get("model")),
-        "Decoder": graph
-        and f"{graph.name}: {graph.n_layers} layers of {components}; {graph.cost:,} LoRA parameters per rank",
+        "Adapted": graph
+        and f"{graph.name}: {' and '.join(f'{n} {part}' for part, n in graph.parts)} layers of {components}; "
+        f"{graph.cost:,} LoRA parameters per rank",
         "Budget": "; ".join(f"{c:,} LoRA parameters: uniform LoRA at rank {c / g:.4g}" for c, g in budgets),
         "Data": _brief(_part(config, "data", ("train", "validation", "test"))),
         "Training": _brief(_part(config, "training", ("steps", "learning_rate", "batch_size"))),
