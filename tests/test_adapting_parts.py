@@ -9,13 +9,16 @@ from peft.tuners.lora import LoraLayer
 
 from hydra_vlm.allocation import ALLOCATORS, AllocationRequest, Budget, allocate, measured_offsets
 from hydra_vlm.errors import ConfigError, GraphMismatchError
+from hydra_vlm.files import read_json
 from hydra_vlm.graph import ComputationGraph, Projection
 from hydra_vlm.lora import attach, load_adapter, ranks_of, save_adapter
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.models.structure import find_parts
 from hydra_vlm.profile import GradientNormProfile, stages_of
+from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
-from tiny import save_tiny_model
+from hydra_vlm.tune import tune
+from tiny import save_tiny_model, toy_config, write_toy_data
 
 DECODER = [Projection(layer, c, 16, 16) for layer in range(4) for c in ("q_proj", "up_proj")]
 TOWER = [Projection(layer, f"tower.{c}", 8, 8) for layer in range(4, 7) for c in ("q_proj", "fc1")]
@@ -133,3 +136,34 @@ def test_a_part_that_is_not_there_or_not_known_is_named() -> None:
         find_parts(model, adapt=("decoder", "tower"))
     with pytest.raises(ConfigError, match=r"adapt names head: choose from decoder, tower, projector"):
         find_parts(model, adapt=("decoder", "head"))
+
+
+def test_a_whole_run_reaches_the_tower(tmp_path: Path) -> None:
+    model, data = save_tiny_model(tmp_path / "model"), write_toy_data(tmp_path / "data")
+    config = toy_config(model, data, "adapt=decoder,tower", "schedules=[fine, full]", "training.steps=2")
+    before = load_model(str(model), "cpu").model.state_dict()
+    run = tune(config, tmp_path / "run")
+    profile = GradientNormProfile.from_json(read_json(run.profile))
+    assert dict(profile.graph.parts) == {"decoder": 4, "tower": 2}
+    assert min(profile.layer_norms()) > 0
+    record = TrialRecord.from_json(read_json(run.trial("fine-seed0") / "record.json"))
+    assert record.schedule is not None
+    assert record.trained["lora"] == record.schedule.parameters <= record.schedule.budget
+    assert record.trained["projector"] > 0
+    adapted = load_adapter(load_model(str(model), "cpu").model, run.trial("fine-seed0") / "adapter")
+    learned = {name for name, p in adapted.named_parameters() if ".lora_B." in name and p.abs().max() > 0}
+    assert any(".vision_tower." in name for name in learned)
+    after = adapted.get_base_model().state_dict()
+    same = [key for key in before if ".vision_tower." in key and key in after]
+    assert same
+    assert all(torch.equal(before[key], after[key]) for key in same)
+
+
+def test_a_projector_under_lora_is_not_trained_whole(tmp_path: Path) -> None:
+    model, data = save_tiny_model(tmp_path / "model"), write_toy_data(tmp_path / "data")
+    config = toy_config(model, data, "adapt=decoder,projector", "schedules=[uniform]", "training.steps=2")
+    run = tune(config, tmp_path / "run")
+    record = TrialRecord.from_json(read_json(run.trial("uniform-seed0") / "record.json"))
+    assert record.schedule is not None
+    assert record.trained == {"lora": record.schedule.parameters, "projector": 0}
+    assert not (run.trial("uniform-seed0") / "adapter" / "projector.safetensors").exists()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hydra_vlm.data import builtin
-from hydra_vlm.data.catalogue import ATTRIBUTES, LISTED_COLOURS, LISTED_SHAPES, facts, write_catalogue
+from hydra_vlm.data.catalogue import facts, write_catalogue
 from hydra_vlm.data.records import check_images, read_records
-from hydra_vlm.data.scenes import SIDE, caption, generate_scene, plain_question
+from hydra_vlm.data.scenes import COLOURS, SHAPES, SIDE, caption, generate_scene, plain_question
 
 
 def test_scenes_follow_from_the_seed_and_do_not_overlap() -> None:
@@ -33,10 +33,10 @@ def test_scenes_follow_from_the_seed_and_do_not_overlap() -> None:
 
 def test_the_catalogue_is_the_same_in_every_split(tmp_path: Path) -> None:
     known = facts()
-    assert len(known) == len(LISTED_COLOURS) * len(LISTED_SHAPES) * len(ATTRIBUTES) == 40
+    assert len(known) == len(COLOURS) * len(SHAPES) == 77
     splits = [write_catalogue(tmp_path, split, 3, seed) for seed, split in enumerate(("train", "test"))]
     for records in splits:
-        assert len(records) == 3 * len(ATTRIBUTES)
+        assert len(records) == 3
         assert {r["conversations"][1]["value"] for r in records} <= set(known.values())
     assert not {r["image"] for r in splits[0]} & {r["image"] for r in splits[1]}
     assert len({(tmp_path / r["image"]).read_bytes() for records in splits for r in records}) == 6
@@ -44,7 +44,7 @@ def test_the_catalogue_is_the_same_in_every_split(tmp_path: Path) -> None:
 
 def test_demo_files_are_whole_and_disjoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("easy_vqa", reason="easy-VQA is an extra")
-    monkeypatch.setattr(builtin, "CATALOGUE_PICTURES", {"train": 20, "validation": 5, "test": 5})
+    monkeypatch.setattr(builtin, "CATALOGUE_PICTURES", {"train": 21, "validation": 6, "test": 5})
     files = builtin.write_builtin("demo", tmp_path)
     assert files.validation is not None
     splits = {
@@ -53,8 +53,8 @@ def test_demo_files_are_whole_and_disjoint(tmp_path: Path, monkeypatch: pytest.M
         **{name: read_records(path, files.images) for name, path in files.tests.items()},
     }
     assert {name: len(records) for name, records in splits.items()} == {
-        "train": 40,
-        "validation": 10,
+        "train": 28,
+        "validation": 8,
         "easy-vqa": 9673,
         "catalogue": 5,
     }
@@ -62,7 +62,7 @@ def test_demo_files_are_whole_and_disjoint(tmp_path: Path, monkeypatch: pytest.M
     assert not pictures["train"] & (pictures["validation"] | pictures["easy-vqa"] | pictures["catalogue"])
     for name in ("train", "validation"):
         kinds = Counter("catalogue" in (r.image or "") for r in splits[name])
-        assert kinds[True] == kinds[False]
+        assert kinds[True] == 3 * kinds[False]
     check_images(files.train, splits["train"])
     before = json.loads(files.train.read_text())
     assert json.loads(builtin.write_builtin("demo", tmp_path).train.read_text()) == before

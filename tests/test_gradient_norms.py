@@ -7,9 +7,9 @@ import torch
 from transformers import TrainerCallback
 
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
-from hydra_vlm.data.instruction import Collate, InstructionDataset
+from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.records import read_records
-from hydra_vlm.data.templates import template
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.recipe import InstructionData, finetune, prepare
@@ -33,18 +33,14 @@ def test_norms_equal_a_plain_recomputation(
     )
     loaded = load_model(str(tiny_model), "cpu")
     records = read_records(toy_data / "train.json")
-    data = InstructionDataset(records * 2, loaded.processor, template("v1-short"), 512)
+    seen = _Seen(open_reader(loaded.processor, "v1-short"))
+    data = InstructionDataset(records * 2, seen.reader, 512)
     graph = loaded.parts.graph
     schedule = allocate("uniform", AllocationRequest(graph, Budget.of_rank(graph, 4)))
     model = prepare(loaded, schedule, config.training, seed=3)
-    seen = _Seen(Collate(loaded.processor))
     callback = GradientNormCallback(model, loaded.parts)
     steps = _Steps(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra_vlm.training.recipe.Collate", lambda *_: seen)
-        finetune(
-            model, loaded, InstructionData(data, None, None), config.training, 3, tmp_path / "run", [callback, steps]
-        )
+    finetune(model, loaded, InstructionData(data, None, seen), config.training, 3, tmp_path / "run", [callback, steps])
     assert len(callback.norms) == STEPS
     assert len(seen.batches) >= STEPS * accumulation  # the loader looks one batch ahead
 
@@ -79,13 +75,13 @@ def test_norms_equal_a_plain_recomputation(
 
 
 class _Seen:
-    """A collator that remembers its batches."""
+    """A reader that remembers its batches."""
 
-    def __init__(self, inner: Collate) -> None:
-        self.inner, self.batches = inner, []
+    def __init__(self, reader: Reader) -> None:
+        self.reader, self.batches = reader, []
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        batch = self.inner(items)
+    def batch(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.reader.batch(items)
         self.batches.append({key: value.clone() for key, value in batch.items()})
         return batch
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, CLIPVisionConfig, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -16,7 +15,6 @@ from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMProcessor, pad_
 
 torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 MEAN_COLOUR = (122, 116, 104)
 WORDS = ["<unk>", "<s>", "</s>", "what", "colour", "is", "it", "?", "red", "user", ":"]
 
@@ -152,11 +150,3 @@ def test_saved_and_loaded_by_the_auto_class_it_is_the_same_processor(tmp_path: P
         "user : what colour ?",
         "is it red ?",
     ]
-
-
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no recorded reference outputs beside the project ({GOLDEN.name})")
-def test_golden_pixels() -> None:
-    processor = MobileVLMProcessor.from_config(MobileVLMConfig(), word_tokenizer())
-    expected = load_file(GOLDEN / "pixels.safetensors")["pixel_values"]
-    images = [Image.open(GOLDEN / "images" / name) for name in ("0.png", "1.png")]
-    torch.testing.assert_close(processor.pixels(images), expected, atol=1e-5, rtol=1e-5)

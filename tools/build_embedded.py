@@ -7,9 +7,12 @@ Each stage is saved in the work folder and skipped when its file is there, so th
 1. tower:    the CLIP-style tower learns, patch by patch, which shape or glyph and which colour covers the patch.
 2. language: projector and decoder learn captions and plain questions over the frozen tower (generated scenes only;
              no record of easy-VQA is seen).
-3. endings:  single lines closed by </s>: the same, plain yes/no facts, "can you see a ...?", and lines of random
-             instruction words, so that the frozen embeddings and the output head know every word to come.
-4. pack:     the model in half precision, its tokenizer and processor go to src/hydra_vlm/models/embedded/.
+3. endings:  single lines closed by </s>: the same, plain yes/no facts, "can you see a ...?", the shelf of each thing
+             (so that looking a thing up is a known skill), and lines of random instruction words, so that the frozen
+             embeddings and the output head know every word to come.
+4. seeing:   above all whether a colour, a shape or a thing is in the picture: a skill that comes suddenly, and would
+             make seeds differ more than schedules if it came during fine-tuning.
+5. pack:     the model in half precision, its tokenizer and processor go to src/hydra_vlm/models/embedded/.
 
 Seeded throughout; bitwise equality across machines is not promised (the order of floating-point sums differs).
 """
@@ -26,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
 
+from hydra_vlm.data.catalogue import DIGITS, LETTERS
 from hydra_vlm.data.scenes import (
     COLOURS,
     GLYPHS,
@@ -73,6 +77,18 @@ INSTRUCTION_WORDS = """A chat between a curious user and an artificial intellige
 helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT: yes no what color is the shape?
 what shape is in the image? does the image contain a not? is there present? which of left right above below same
 different more fewer number letter digit answer with a single word or phrase. read count compare"""
+SHELVES = {
+    f"{colour} {shape}": f"{draw.choice(LETTERS)} {draw.choice(DIGITS)}"
+    for draw in [random.Random(77)]
+    for colour in COLOURS
+    for shape in SHAPES
+}
+"""Thing -> its shelf, 77 facts in the form of the catalogue's, and none of them."""
+# The template v1-short in jinja: a model this small has no positions to spend on v1's system text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -235,20 +251,74 @@ def short_lesson(scene: Scene, rng: random.Random) -> str:
     word that the frozen output head cannot tell from others.
     """
     kind = rng.random()
-    if kind < 0.15:
-        words = INSTRUCTION_WORDS.split()
-        text = " ".join(rng.choice(words) for _ in range(rng.randint(1, 12)))
-    elif kind < 0.4:
+    if kind < 0.12:
+        text = instruction_words(rng)
+    elif kind < 0.3:
         text = plain_fact(rng)
-    elif kind < 0.6:
+    elif kind < 0.45:
         seen = {o.noun for o in scene.objects}
         asked = rng.choice(sorted(seen)) if rng.random() < 0.5 else f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
         text = f"can you see a {asked}? {'yes' if asked in seen else 'no'}."
-    elif kind < 0.75:
+    elif kind < 0.7:
+        text = shelf_question(scene, rng)
+    elif kind < 0.85:
         text = caption(scene, rng)
     else:
         text = " ".join(plain_question(scene, rng))
     return f"{text}</s>"
+
+
+def seeing_lesson(scene: Scene, rng: random.Random) -> str:
+    """What stage 4 reads: above all whether something is in the picture, the rest lest it be forgotten."""
+    kind = rng.random()
+    if kind < 0.1:
+        text = instruction_words(rng)
+    elif kind < 0.18:
+        text = plain_fact(rng)
+    elif kind < 0.75:
+        text = seeing_question(scene, rng)
+    elif kind < 0.9:
+        text = shelf_question(scene, rng)
+    elif kind < 0.95:
+        text = caption(scene, rng)
+    else:
+        text = " ".join(plain_question(scene, rng))
+    return f"{text}</s>"
+
+
+def instruction_words(rng: random.Random) -> str:
+    """Up to twelve words that instructions use, in no order."""
+    words = INSTRUCTION_WORDS.split()
+    return " ".join(rng.choice(words) for _ in range(rng.randint(1, 12)))
+
+
+def seeing_question(scene: Scene, rng: random.Random) -> str:
+    """Whether a colour, a shape or a thing is in the picture; as often yes as no, and a "no" may be half right."""
+    shown = [thing for thing in scene.objects if not thing.is_glyph]
+    if not shown:
+        return caption(scene, rng)
+    thing, true = rng.choice(shown), rng.random() < 0.5
+    colours, shapes = {t.colour for t in scene.objects}, {t.kind for t in shown}
+    colour = thing.colour if true else rng.choice([c for c in COLOURS if c not in colours])
+    shape = thing.kind if true else rng.choice([s for s in SHAPES if s not in shapes])
+    match rng.randrange(3):
+        case 0:
+            asked = f"something {colour}"
+        case 1:
+            asked = f"a {shape}"
+        case _:
+            asked = f"a {rng.choice((f'{colour} {thing.kind}', f'{thing.colour} {shape}'))}"
+    return f"can you see {asked}? {'yes' if true else 'no'}."
+
+
+def shelf_question(scene: Scene, rng: random.Random) -> str:
+    """Where a thing in the picture is kept: a fact known by heart, as the catalogue's are, but none of them."""
+    things = [thing.noun for thing in scene.objects if not thing.is_glyph]
+    if not things:
+        return caption(scene, rng)
+    thing = rng.choice(things)
+    asked = "its shelf" if len(scene.objects) == 1 else f"the shelf of the {thing}"
+    return f"what is {asked}? {SHELVES[thing]}"
 
 
 def plain_fact(rng: random.Random) -> str:
@@ -262,25 +332,36 @@ def plain_fact(rng: random.Random) -> str:
     return f"is {word} a {asked}? {'yes' if asked == kind else 'no'}."
 
 
-def build_endings(language: Path, folder: Path, n_scenes: int, steps: int, batch: int, seed: int) -> None:
-    """Stage 3: the decoder learns to end what it says, and no word of the instructions stays untouched."""
-    torch.manual_seed(seed + 2)
-    rng = random.Random(seed + 2)
-    model = MobileVLMForConditionalGeneration.from_pretrained(language, attn_implementation="eager")
+def build_short(
+    start: Path,
+    folder: Path,
+    lesson: Callable[[Scene, random.Random], str],
+    max_objects: int,
+    glyph_share: float,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> None:
+    """Stages 3 and 4: single lines that end, so that no word of the instructions stays untouched."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = MobileVLMForConditionalGeneration.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
     model.model.vision_tower.requires_grad_(False)
-    processor = MobileVLMProcessor.from_pretrained(language)
-    scenes = [generate_scene(rng, max_objects=3) for _ in range(n_scenes)]
+    processor = MobileVLMProcessor.from_pretrained(start)
+    scenes = [generate_scene(rng, max_objects, glyph_share) for _ in range(12_000)]
     features = encode_scenes(model.model.vision_tower, scenes)
-    train_language(model, processor.tokenizer, scenes, features, short_lesson, steps, batch, rate=1e-3, rng=rng)
-    model.save_pretrained(folder)
+    train_language(model, processor.tokenizer, scenes, features, lesson, steps, batch, rate=1e-3, rng=rng)
+    model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def pack(endings: Path, folder: Path) -> None:
-    """Stage 4: half precision, into the package."""
-    model = MobileVLMForConditionalGeneration.from_pretrained(endings, dtype=torch.float16)
+def pack(finished: Path, folder: Path) -> None:
+    """Stage 5: half precision, into the package."""
+    model = MobileVLMForConditionalGeneration.from_pretrained(finished, dtype=torch.float16)
+    processor = MobileVLMProcessor.from_pretrained(finished)
+    processor.chat_template = CHAT_TEMPLATE
     model.save_pretrained(folder)
-    MobileVLMProcessor.from_pretrained(endings).save_pretrained(folder)
+    processor.save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.1f} MB")
 
@@ -291,16 +372,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    tower = arguments.work / "tower.pt"
+    seed = arguments.seed
+    tower, language, endings, seeing = (arguments.work / name for name in ("tower.pt", "language", "endings", "seeing"))
     if not tower.exists():
-        build_tower(tower, n_scenes=24_000, steps=1800, batch=64, seed=arguments.seed)
-    language = arguments.work / "language"
+        build_tower(tower, n_scenes=24_000, steps=1800, batch=64, seed=seed)
     if not language.exists():
-        build_language(tower, language, n_scenes=30_000, steps=2200, batch=32, seed=arguments.seed)
-    endings = arguments.work / "endings"
+        build_language(tower, language, n_scenes=30_000, steps=2200, batch=32, seed=seed)
     if not endings.exists():
-        build_endings(language, endings, n_scenes=6000, steps=600, batch=48, seed=arguments.seed)
-    pack(endings, EMBEDDED)
+        build_short(language, endings, short_lesson, 3, 0.25, steps=800, batch=48, seed=seed + 2)
+    if not seeing.exists():
+        build_short(endings, seeing, seeing_lesson, 2, 0.2, steps=1300, batch=32, seed=seed + 3)
+    pack(seeing, EMBEDDED)
 
 
 if __name__ == "__main__":

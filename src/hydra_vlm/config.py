@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hydra_vlm.errors import ConfigError
 
@@ -20,14 +20,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class DataConfig(_Section):
-    """Where the records come from: a built-in set (`demo`, `easy-vqa`), or LLaVA-format files of your own."""
+RECIPES = Path(__file__).parent / "recipes"
 
-    train: str = Field("demo", description="`demo`, `easy-vqa`, or a LLaVA-format JSON file")
+
+class DataConfig(_Section):
+    """Where the records come from: a built-in set, or LLaVA-format files of your own."""
+
+    train: str = Field(
+        "demo",
+        description="`demo`, `easy-vqa`, for stage I `captions`, `easy-vqa-captions`, `scene-captions`, or a "
+        "LLaVA-format JSON file",
+    )
     validation: Path | None = Field(None, description="a file like `train`, for the validation loss")
     tests: dict[str, Path] = Field({}, description="name: a file like `train`, for the short-answer accuracy")
     images: Path | None = Field(None, description="the image folder (default: each file's own folder)")
-    template: str = Field("v1-short", description="v1, v1-short or plain")
+    template: str = Field(
+        "auto", description="auto (the model's own chat template; MobileVLM without one: v1), chat, v1, v1-short, plain"
+    )
     max_length: int = Field(1024, gt=0, description="longest conversation in tokens, image tokens counted")
     validation_limit: int | None = Field(1000, gt=0, description="use at most so many validation records")
 
@@ -69,9 +78,9 @@ class ScalingConfig(_Section):
 class TrainingConfig(_Section):
     """Stage II: LoRA in the decoder plus the projector, frozen tower, AdamW, cosine with warm-up."""
 
-    steps: int | None = Field(160, gt=0, description="optimizer steps (null: as many as `epochs` take)")
+    steps: int | None = Field(180, gt=0, description="optimizer steps (null: as many as `epochs` take)")
     epochs: float = Field(1.0, gt=0)
-    learning_rate: float = Field(5e-3, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)
     full_learning_rate: float = Field(1e-3, gt=0, description="of the baseline that trains the whole decoder")
     projector_learning_rate: float | None = Field(None, gt=0, description="default: the learning rate")
     batch_size: int = Field(32, gt=0, description="global batch: per-device batch x accumulation x devices")
@@ -100,6 +109,14 @@ class Config(_Section):
     """A whole run: `hydra-vlm tune` reads all of it, the other commands the parts that they need."""
 
     model: str = Field("embedded", description="`embedded`, or the folder of a saved model")
+    adapt: tuple[str, ...] = Field(
+        ("decoder",), min_length=1, description="parts that LoRA may reach: decoder, tower, projector"
+    )
+    decoder_pattern: str | None = Field(
+        None,
+        description="only where the decoder is not found: a regular expression that the full names of its layers "
+        r"match and no other module's, such as 'model\.language_model\.layers\.\d+'",
+    )
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -111,6 +128,11 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
 
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -119,15 +141,17 @@ class Config(_Section):
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (none: the embedded default) and apply overrides such as `training.steps=50`.
 
+    A path that is no file may be the name of a shipped recipe, such as `stage2-1.4b`.
+
     Raises:
         ConfigError: naming the key, the value, the place and, for an unknown key, the nearest known one.
     """
     values: dict[str, Any] = {}
     place = "the overrides"
     if path is not None:
-        place = str(path)
+        place, path = str(path), _file_or_recipe(Path(path))
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise ConfigError(f"configuration file {path} does not exist") from None
         except yaml.YAMLError as problem:
@@ -140,6 +164,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as problem:
         raise ConfigError(_explain(problem, place)) from None
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The shipped recipes, by the names that stand in for a configuration file."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def _file_or_recipe(path: Path) -> Path:
+    """The file itself, or the shipped recipe of that bare name (a name such as `stage2-1.4b` has no .yaml)."""
+    if path.is_file() or path.suffix in (".yaml", ".yml") or path.name != str(path):
+        return path
+    names = recipe_names()
+    if path.name in names:
+        return RECIPES / f"{path.name}.yaml"
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]!r}?" if close else f"shipped recipes are {', '.join(names)}"
+    raise ConfigError(f"{path} is neither a configuration file nor a shipped recipe: {meant}")
 
 
 def split_overrides(words: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ HydraError
 ├─ StageError          a partition into stages that cannot be
 ├─ GraphMismatchError  a profile, schedule or adapter of another model
 ├─ AdapterError        PEFT built something else than was asked
+├─ CheckpointError     weights that are not what their configuration says
 ├─ DataError           an instruction record, an image, a data folder
 └─ RunFolderError      an output folder that holds something else
 
@@ -50,6 +51,10 @@ class GraphMismatchError(HydraError):
 
 class AdapterError(HydraError):
     """The adapter built differs from the schedule asked for."""
+
+
+class CheckpointError(HydraError):
+    """Stored weights are missing, unknown, of another shape than their configuration says, or unreadable."""
 
 
 class DataError(HydraError):

@@ -22,14 +22,16 @@ from hydra_vlm.config import Config
 from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
 from hydra_vlm.data.features import encode_once, feature_bytes
 from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.readers import Reader, SplicingReader, open_reader
 from hydra_vlm.data.records import Record, check_images, read_records, sample
-from hydra_vlm.data.templates import Template, template
+from hydra_vlm.data.templates import require_template
 from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.files import read_json, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import load_adapter, read_schedule, require_schedule_fits, save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.models.structure import TOWER
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, open_run
@@ -39,9 +41,11 @@ from hydra_vlm.training.recipe import (
     FULL,
     Finetuned,
     InstructionData,
+    batch_arithmetic,
     finetune,
     prepare,
     resolve_bf16,
+    trains_projector,
 )
 
 ZERO_SHOT = "zero-shot"
@@ -55,12 +59,11 @@ class Study:
     config: Config
     folder: RunFolder
     graph: ComputationGraph
-    form: Template
     data: InstructionData
     tests: Mapping[str, tuple[Example, ...]]
 
     def fresh_model(self) -> LoadedModel:
-        return load_model(self.config.model, self.config.device)
+        return open_model(self.config)
 
     @property
     def budget(self) -> Budget:
@@ -89,16 +92,19 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
     for name in config.schedules:
         if name not in ALLOCATORS and name != FULL:
             raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL])}")
-    form = template(config.data.template)
-    loaded = load_model(config.model, config.device)
+    require_template(config.data.template)
+    loaded = open_model(config)
+    reader = open_reader(loaded.processor, config.data.template)
     graph = loaded.parts.graph
     resolve_budget(graph, config)
-    if config.allocation.n_stages > graph.n_layers:
+    longest = max(n for _, n in graph.parts)
+    if config.allocation.n_stages > longest:
         raise StageError(
-            f"allocation.n_stages {config.allocation.n_stages} exceeds the decoder's {graph.n_layers} layers",
-            nearest=f"Lower it to {graph.n_layers} or less.",
+            f"allocation.n_stages {config.allocation.n_stages} exceeds the {longest} layers that can be told apart",
+            nearest=f"Lower it to {longest} or less.",
         )
     bf16 = resolve_bf16(config.training, loaded.model.device)
+    say(batch_arithmetic(config.training))
     folder = open_run(out, config, environment(str(loaded.model.device), "bf16 autocast" if bf16 else "fp32"))
     write_json(folder.graph, graph.to_json())
     train, validation, tests = _records(config, folder)
@@ -107,8 +113,13 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
         for name, records in tests.items()
     }
     asked = {e.image for name in examples for e in examples[name] if e.image}
-    data = _encode(loaded, config, form, train, validation, asked, say)
-    return Study(config, folder, graph, form, data, examples)
+    data = _encode(loaded, config, reader, train, validation, asked, say)
+    return Study(config, folder, graph, data, examples)
+
+
+def open_model(config: Config) -> LoadedModel:
+    """The configuration's model, freshly loaded, with the parts that are to be adapted."""
+    return load_model(config.model, config.device, config.decoder_pattern, config.adapt)
 
 
 def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:
@@ -141,7 +152,7 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     say(adaptation_summary(model, loaded.parts))
     callback = GradientNormCallback(model, loaded.parts)
     scratch = study.folder.path / "profile-run"
-    unvalidated = InstructionData(study.data.train, None, study.data.features)
+    unvalidated = replace(study.data, validation=None)
     shutil.rmtree(scratch, ignore_errors=True)
     finetune(model, loaded, unvalidated, training, settings.seed, scratch, [callback])
     shutil.rmtree(scratch)
@@ -250,7 +261,7 @@ def run_trial(study: Study, name: str, schedule: RankSchedule | None, seed: int,
 def keep_weights(loaded: LoadedModel, model: Any, schedule: RankSchedule | None, folder: Path) -> None:
     """The adapter as plain PEFT with the projector beside it; the whole model after full fine-tuning."""
     if schedule is not None:
-        save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=True)
+        save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=trains_projector(loaded.parts))
     else:
         model.save_pretrained(folder / "model")
         loaded.processor.save_pretrained(folder / "model")
@@ -263,12 +274,10 @@ def answer_and_score(study: Study, loaded: LoadedModel, model: Any, folder: Path
     for name, examples in study.tests.items():
         predictions = answer(
             model,
-            loaded.processor,
+            study.data.reader,
             examples,
-            study.form,
             settings.batch_size,
             settings.max_new_tokens,
-            study.data.features,
             progress=lambda batches: tqdm(batches, desc="answering", leave=False),
         )
         result, verdicts = score(ExactMatch(name), examples, predictions)
@@ -306,20 +315,26 @@ def _checked(path: Path, images: Path | None) -> list[Record]:
 def _encode(
     loaded: LoadedModel,
     config: Config,
-    form: Template,
+    reader: Reader,
     train: Sequence[Record],
     validation: Sequence[Record],
     asked: set[str],
     say: Say,
 ) -> InstructionData:
-    """Encode texts, and the images too where their features fit into memory."""
+    """Encode texts, and the images too where the frozen tower's features can be kept and fit into memory."""
     paths = asked | {r.image for r in (*train, *validation) if r.image}
-    features = None
-    if 0 < feature_bytes(loaded.model, len(paths)) <= config.training.cache_gigabytes * 1e9:
+    frozen = TOWER not in loaded.parts.graph.part_layers
+    if (
+        frozen
+        and isinstance(reader, SplicingReader)
+        and (0 < feature_bytes(loaded.model, len(paths)) <= config.training.cache_gigabytes * 1e9)
+    ):
         say(f"features: {len(paths):,} images through the frozen tower, once")
         features = encode_once(
             loaded.model, loaded.processor, paths, progress=lambda b: tqdm(b, desc="encoding", leave=False)
         )
-    length = min(config.data.max_length, loaded.model.config.text_config.max_position_embeddings)
-    sets = [InstructionDataset(rs, loaded.processor, form, length) for rs in (train, validation)]
-    return InstructionData(sets[0], sets[1] if validation else None, features)
+        reader = replace(reader, features=features)
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    length = min(config.data.max_length, longest)
+    sets = [InstructionDataset(rs, reader, length) for rs in (train, validation)]
+    return InstructionData(sets[0], sets[1] if validation else None, reader)

@@ -1,4 +1,7 @@
-"""The built-in data sets as LLaVA-format files: `easy-vqa`, and `demo`, which adds the catalogue.
+"""The built-in data sets as LLaVA-format files.
+
+For stage II `easy-vqa`, and `demo`, which adds the catalogue; for stage I `easy-vqa-captions`, `scene-captions`, and
+`captions`, which mixes both.
 
 easy-VQA comes from its PyPI package. Its test split stays the test split; validation records come from the last
 training images, which no training record shares.
@@ -10,13 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra_vlm.data.captions import captions_of, mixed, write_scene_captions
 from hydra_vlm.data.catalogue import write_catalogue
 from hydra_vlm.data.records import write_records
 from hydra_vlm.errors import DataError
 
-BUILTIN = ("demo", "easy-vqa")
+BUILTIN = ("demo", "easy-vqa", "easy-vqa-captions", "scene-captions", "captions")
 VALIDATION_IMAGES = 400
-CATALOGUE_PICTURES = {"train": 3000, "validation": 300, "test": 300}
+SCENES = {"train": 1600, "validation": 160}
+CATALOGUE_PICTURES = {"train": 3000, "validation": 300, "test": 500}
+EASY_SHARE = 3  # the catalogue has so many records to one of easy-VQA, whose answers are mostly "yes" or "no"
+Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,7 @@ def write_builtin(name: str, folder: Path, seed: int = 0) -> DataFiles:
         DataError: the easy-VQA package is not installed.
     """
     images = folder / "images"
-    splits = easy_vqa_records(images)
-    tests = {"easy-vqa": splits.pop("test")}
-    if name == "demo":
-        catalogue = {
-            split: write_catalogue(images, split, count, seed + position)
-            for position, (split, count) in enumerate(CATALOGUE_PICTURES.items())
-        }
-        tests["catalogue"] = catalogue["test"]
-        easy = splits["train"][: len(catalogue["train"])]
-        splits["train"] = easy + catalogue["train"]
-        splits["validation"] = splits["validation"][: len(catalogue["validation"])] + catalogue["validation"]
-        random.Random(seed).shuffle(splits["train"])
+    splits, tests = _captions(name, images, seed) if "captions" in name else _questions(name, images, seed)
     files = DataFiles(
         train=folder / "train.json",
         validation=folder / "validation.json",
@@ -60,6 +56,38 @@ def write_builtin(name: str, folder: Path, seed: int = 0) -> DataFiles:
     for benchmark, records in tests.items():
         write_records(files.tests[benchmark], records)
     return files
+
+
+def _questions(name: str, images: Path, seed: int) -> tuple[dict[str, Records], dict[str, Records]]:
+    """Training and validation records, and test records by benchmark, for stage II."""
+    splits = easy_vqa_records(images)
+    tests = {"easy-vqa": splits.pop("test")}
+    if name == "demo":
+        catalogue = {
+            split: write_catalogue(images, split, count, seed + position)
+            for position, (split, count) in enumerate(CATALOGUE_PICTURES.items())
+        }
+        tests["catalogue"] = catalogue["test"]
+        for split in ("train", "validation"):
+            splits[split] = splits[split][: len(catalogue[split]) // EASY_SHARE] + catalogue[split]
+        random.Random(seed).shuffle(splits["train"])
+    return splits, tests
+
+
+def _captions(name: str, images: Path, seed: int) -> tuple[dict[str, Records], dict[str, Records]]:
+    """Training and validation captions for stage I; there is nothing to ask in a test."""
+    sets: list[dict[str, Records]] = []
+    if name != "scene-captions":
+        questions = easy_vqa_records(images)
+        sets.append({split: captions_of(questions[split], seed) for split in SCENES})
+    if name != "easy-vqa-captions":
+        sets.append(
+            {
+                split: write_scene_captions(images, split, count, seed + position)
+                for position, (split, count) in enumerate(SCENES.items())
+            }
+        )
+    return {split: mixed((records[split] for records in sets), seed) for split in SCENES}, {}
 
 
 def easy_vqa_records(images: Path, seed: int = 0) -> dict[str, list[dict[str, Any]]]:

@@ -27,7 +27,9 @@ def load_image(path: str) -> Image.Image:
 
 
 def feature_bytes(model: Any, images: int) -> int:
-    """What the features of that many images take in memory, in bytes."""
+    """What the features of that many images take in memory, in bytes; 0 where there is no image."""
+    if not images:
+        return 0
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return images * patches * vision.hidden_size * next(model.parameters()).element_size()

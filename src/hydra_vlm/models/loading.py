@@ -1,14 +1,25 @@
 """Load a vision-language model with its processor, and know its parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import hydra_vlm.models.mobilevlm  # noqa: F401  (registers MobileVLM with the Auto classes)
 from hydra_vlm.errors import ConfigError
+from hydra_vlm.files import read_json
+from hydra_vlm.graph import DECODER
+from hydra_vlm.models.mobilevlm.original_layout import is_original
+from hydra_vlm.models.processors import load_processor
 from hydra_vlm.models.structure import ModelParts, find_parts
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -53,18 +64,50 @@ def resolve_model(name: str) -> Path:
         raise ConfigError(
             f"model {name!r}: {folder} holds no config.json: give `embedded` or the folder of a saved model"
         )
+    if is_original(read_json(folder / "config.json")):
+        raise ConfigError(
+            f"model {name!r} is a MobileVLM in its authors' layout: convert it once with "
+            f"`hydra-vlm convert {name} NEW_FOLDER` and give the new folder"
+        )
     return folder
 
 
-def load_model(name: str, device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, device: str = "auto", decoder_pattern: str | None = None, adapt: Sequence[str] = (DECODER,)
+) -> LoadedModel:
     """Load model and processor from a folder (or the package), frozen, in evaluation mode.
 
-    Weights are bfloat16 on a CUDA device that computes in it, float32 elsewhere.
+    Any vision-language model that transformers knows, or a text decoder, whose processor is its tokenizer. Weights are
+    bfloat16 on a CUDA device that computes in it, float32 elsewhere. `decoder_pattern` and `adapt` are
+    for `find_parts`.
+
+    Raises:
+        ConfigError: a model of a kind that cannot be loaded, or whose decoder is not found.
     """
     folder, place = resolve_model(name), resolve_device(device)
+    config = _configuration(folder)
     dtype = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     # The CPU kernels of fused attention lose to plain matrix products in the backward pass at bfloat16.
     attention = "eager" if place.type == "cpu" else "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = _model_class(config).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     model = model.to(place).eval().requires_grad_(False)
-    return LoadedModel(model, AutoProcessor.from_pretrained(folder), find_parts(model))
+    return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
+
+
+def _configuration(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError as problem:
+        raise ConfigError(f"model {folder}: {problem}") from None
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class for image and text in, text out; where it has none, the one for text alone."""
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            found: type[PreTrainedModel] = mapping[type(config)]
+            return found
+    raise ConfigError(
+        f"a model of type {config.model_type!r} neither answers questions about images nor writes text: give the "
+        "folder of a vision-language model or of a text decoder"
+    )

@@ -102,7 +102,7 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequ
         layers=layers,
         modules=modules,
         graph=graph,
-        lists=(layers, *([_find_layers(model, tower)] if tower and TOWER in reach else [])),
+        lists=(layers, *([_find_layers(model, tower, TOWER)] if tower and TOWER in reach else [])),
         transposed=any(isinstance(linear, Conv1D) for linear in linears.values()),
     )
 
@@ -125,7 +125,7 @@ def _reach(
             found = {name: m for name, m in model.get_submodule(path).named_modules() if _is_linear(m)}
             reach[part] = {(0, name or "linear"): f"{path}.{name}" if name else path for name in found}
         else:
-            layers = path if part == DECODER else _find_layers(model, path)
+            layers = path if part == DECODER else _find_layers(model, path, part)
             reach[part] = _components(_linears(model, layers), layers)
         if part == TOWER:
             used = _layers_used(model, 1 + max(layer for layer, _ in reach[part]))
@@ -157,21 +157,22 @@ def _find_decoder(model: nn.Module, names: Mapping[int, str]) -> str:
     return named if named is not None else ""
 
 
-def _find_layers(model: nn.Module, decoder: str) -> str:
-    """The longest of the decoder's outermost module lists whose members all have attention and linears."""
+def _find_layers(model: nn.Module, part: str, what: str = DECODER) -> str:
+    """The longest of a part's outermost module lists whose members all have attention and linears."""
     lists = {
         name: module
-        for name, module in _outermost_lists(model.get_submodule(decoder), decoder)
+        for name, module in _outermost_lists(model.get_submodule(part), part)
         if len(module) and all(_is_decoder_layer(layer) for layer in module)
     }
     longest = max((len(module) for module in lists.values()), default=0)
     candidates = [name for name, module in lists.items() if len(module) == longest]
     if len(candidates) != 1:
-        what = f"{' and '.join(candidates)} are equally long" if candidates else "none has attention in every layer"
-        where = f"decoder {decoder!r}" if decoder else "model"
+        why = f"{' and '.join(candidates)} are equally long" if candidates else "none has attention in every layer"
+        where = f"{what} {part!r}" if part else "model"
+        remedy = _describe(model) if what == DECODER else f"Leave {what} out of adapt."
         raise ConfigError(
-            f"the decoder layers of {type(model).__name__} are not clear: of the module lists in its {where}, {what}. "
-            + _describe(model)
+            f"the {what} layers of {type(model).__name__} are not clear: of the module lists in its {where}, {why}. "
+            + remedy
         )
     return candidates[0]
 

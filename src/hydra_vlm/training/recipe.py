@@ -1,21 +1,26 @@
-"""Stage II, read from top to bottom: adapter (or the whole decoder) plus projector, frozen tower, one Trainer run."""
+"""Stage II, read from top to bottom: adapter (or the whole decoder) plus projector, frozen tower, one Trainer run.
+
+Stage I is the same run with nothing but the projector opened.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hydra_vlm.config import TrainingConfig
-from hydra_vlm.data.instruction import Collate, InstructionDataset
+from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.readers import Reader
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.lora import attach
 from hydra_vlm.models.loading import LoadedModel
-from hydra_vlm.models.structure import ModelParts
+from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
 from hydra_vlm.training.progress import LossProgress
@@ -26,11 +31,11 @@ FULL = "full"  # the name of the baseline that trains the whole decoder
 
 @dataclass(frozen=True)
 class InstructionData:
-    """What a recipe trains and validates on; `features` are the frozen tower's, by image path (None: not cached)."""
+    """What a recipe trains and validates on, and how the model reads it."""
 
     train: InstructionDataset
     validation: InstructionDataset | None
-    features: Mapping[str, Tensor] | None
+    reader: Reader
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,42 @@ def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: Traini
         model.get_output_embeddings().requires_grad_(True)
     else:
         model = attach(model, schedule, parts, seed=seed, dropout=settings.dropout)
-    if parts.projector is not None:
-        loaded.model.get_submodule(parts.projector).float().requires_grad_(True)
+    if parts.projector is not None and (schedule is None or trains_projector(parts)):
+        train_in_float32(loaded.model.get_submodule(parts.projector))
     return model
+
+
+def trains_projector(parts: ModelParts) -> bool:
+    """Whether the projector is trained whole beside the adapter: where there is one that LoRA does not reach."""
+    return parts.projector is not None and PROJECTOR not in parts.graph.part_layers
+
+
+def prepare_projector(loaded: LoadedModel) -> nn.Module:
+    """Stage I: freeze all, then open the projector.
+
+    Raises:
+        ConfigError: the model has no projector.
+    """
+    if loaded.parts.projector is None:
+        raise ConfigError(f"{type(loaded.model).__name__} has no projector to train: stage I is for image-text models")
+    loaded.model.requires_grad_(False)
+    train_in_float32(loaded.model.get_submodule(loaded.parts.projector))
+    return loaded.model
+
+
+def train_in_float32(module: nn.Module) -> None:
+    """Open a module's parameters in float32, whatever the precision of what it reads; it answers in that precision."""
+    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
+        module.requires_grad_(True)
+        return
+    given = next(module.parameters()).dtype
+
+    def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    module.float().requires_grad_(True)
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(lambda _, __, output: output.to(given) if torch.is_tensor(output) else output)
 
 
 def finetune(
@@ -77,7 +115,7 @@ def finetune(
         args=training_arguments(settings, seed, folder, loaded.model.device),
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=Collate(loaded.processor, data.features),
+        data_collator=data.reader.batch,
         callbacks=[*callbacks, LossProgress()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -93,8 +131,7 @@ def finetune(
 
 def training_arguments(settings: TrainingConfig, seed: int, folder: Path, device: torch.device) -> TrainingArguments:
     """The recipe in transformers' words; the global batch holds whatever the number of devices."""
-    devices = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    on_one, accumulation = split_batch(settings, devices)
+    on_one, accumulation = split_batch(settings, _devices())
     steps = settings.steps or -1
     return TrainingArguments(
         output_dir=str(folder),
@@ -121,6 +158,18 @@ def training_arguments(settings: TrainingConfig, seed: int, folder: Path, device
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
     )
+
+
+def batch_arithmetic(settings: TrainingConfig) -> str:
+    """How the global batch comes about here: "global batch 128 = 16 per device x 8 accumulation x 1 device(s)"."""
+    devices = _devices()
+    on_one, accumulation = split_batch(settings, devices)
+    parts = f"{on_one} per device x {accumulation} accumulation x {devices} device(s)"
+    return f"global batch {settings.batch_size} = {parts}"
+
+
+def _devices() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def split_batch(settings: TrainingConfig, devices: int) -> tuple[int, int]:

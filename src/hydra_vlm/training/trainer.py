@@ -1,7 +1,8 @@
 """transformers' Trainer with what HyDRA's recipes need and it lacks: three overrides, no more.
 
 * a learning rate of its own for the projector,
-* checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone),
+* checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone), or the projector alone in
+  stage I,
 * gradient norms taken before clipping.
 """
 
@@ -49,29 +50,41 @@ class VLMTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            state = {k: v.detach().cpu().contiguous() for k, v in self._projector().state_dict().items()}
-            save_file(state, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+        projector, alone = self._projector(), self._projector_alone()
+        if not alone:
+            super()._save(output_dir, state_dict)
+        if self.args.should_save and projector is not None and (alone or isinstance(self.model, PeftModel)):
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {k: v.detach().cpu().contiguous() for k, v in projector.state_dict().items()}
+            save_file(state, folder / PROJECTOR_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        stored = Path(resume_from_checkpoint) / PROJECTOR_FILE
-        if stored.exists():
-            self._projector().load_state_dict(load_file(stored))
+        if not self._projector_alone():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        projector, stored = self._projector(), Path(resume_from_checkpoint) / PROJECTOR_FILE
+        if projector is not None and stored.exists():
+            projector.load_state_dict(load_file(stored))
 
-    def _projector(self) -> nn.Module:
+    def _projector_alone(self) -> bool:
+        """Whether nothing but the projector is trained: then nothing else need be stored."""
+        inside, outside = split_projector(self.model, self.parts)
+        return bool(inside) and not outside
+
+    def _projector(self) -> nn.Module | None:
+        if self.parts.projector is None:
+            return None
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return base.get_submodule(self.parts.projector)
 
 
 def split_projector(model: nn.Module, parts: ModelParts) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trained parameters inside and outside of the projector."""
+    """Parameters trained in the projector itself, and all others: LoRA's too, wherever they lie."""
     inside: list[nn.Parameter] = []
     outside: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             place = name.removeprefix("base_model.model.")
-            own = parts.projector is not None and place.startswith(f"{parts.projector}.")
+            own = parts.projector is not None and place.startswith(f"{parts.projector}.") and ".lora_" not in place
             (inside if own else outside).append(parameter)
     return inside, outside

@@ -8,6 +8,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
+from hydra_vlm.models.mobilevlm.towers import tower_kind
 
 IMAGE_TOKEN = "<image>"
 
@@ -56,11 +57,19 @@ class MobileVLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_config(cls, config: MobileVLMConfig, tokenizer: PreTrainedTokenizerFast) -> "MobileVLMProcessor":
-        """The processor of a model: CLIP's resize, crop and normalisation at the tower's image size."""
-        side = config.vision_config.image_size
-        clip = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        return cls(clip, tokenizer, config.image_tokens, config.image_aspect_ratio)
+    def from_config(
+        cls, config: MobileVLMConfig, tokenizer: PreTrainedTokenizerFast, **image_settings: Any
+    ) -> "MobileVLMProcessor":
+        """The processor of a model: resize and crop to the tower's image size, its kind's normalisation.
+
+        `image_settings` such as `image_mean` or `resample` go to the image processor in place of the kind's own.
+        """
+        side, kind = config.vision_config.image_size, tower_kind(config.vision_config)
+        settings = {"image_mean": list(kind.image_mean), "image_std": list(kind.image_std), **image_settings}
+        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        return cls(
+            CLIPImageProcessorPil(**sizes, **settings), tokenizer, config.image_tokens, config.image_aspect_ratio
+        )
 
     @property
     def pad_colour(self) -> tuple[int, int, int]:

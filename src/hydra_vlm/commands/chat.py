@@ -1,0 +1,44 @@
+"""`hydra-vlm chat`: one question about one image (or none), one answer."""
+
+from pathlib import Path
+
+import transformers
+
+from hydra_vlm.benchmarks.generation import answer
+from hydra_vlm.benchmarks.protocol import Example
+from hydra_vlm.data.features import load_image
+from hydra_vlm.data.readers import open_reader
+from hydra_vlm.data.templates import require_plain_text, require_template
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.lora import load_adapter
+from hydra_vlm.models.loading import load_model
+
+
+def chat(
+    model: str,
+    question: str,
+    image: Path | None,
+    adapter: Path | None,
+    template: str,
+    max_new_tokens: int,
+    device: str,
+    decoder_pattern: str | None,
+) -> str:
+    """The greedy answer of a model, with an adapter or as it is.
+
+    Raises:
+        HydraError: an empty question, an unreadable image, or what loading finds wrong.
+    """
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    if not question.strip():
+        raise ConfigError("the question is empty: write it last, in quotes")
+    if image is not None:
+        load_image(str(image))
+    require_template(template)
+    loaded = load_model(model, device, decoder_pattern)
+    reader = open_reader(loaded.processor, template)
+    require_plain_text(question, reader.tokenizer, "the question")
+    asked = load_adapter(loaded.model, adapter, loaded.parts if decoder_pattern else None) if adapter else loaded.model
+    example = Example("chat", str(image) if image else None, question.strip(), ())
+    return answer(asked, reader, [example], batch_size=1, max_new_tokens=max_new_tokens)[0].text

@@ -1,0 +1,148 @@
+"""The same question to the adapter and to what was exported: how far apart may the logits be, and how far are they.
+
+A tolerance is a share of the largest logit: float32 carries seven digits whatever their size.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from torch import Tensor, nn
+
+from hydra_vlm.data.readers import Reader, open_reader
+from hydra_vlm.errors import AdapterError, ConfigError
+from hydra_vlm.lora import ADAPTER, load_adapter
+from hydra_vlm.models.loading import LoadedModel
+
+QUESTION = "What is in the picture? Name the colours, the shapes and where they lie."
+PICTURE_SIZE = (160, 112)
+
+EXACT = 1e-5
+"""For an adapter in another form over the same float32 weights."""
+
+MERGED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""For weights with the adapter added in, by the dtype in which they are stored."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Keyword arguments of a model's forward, and what they are in words."""
+
+    inputs: Mapping[str, Tensor]
+    text: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest difference of two models' logits, the largest that was allowed, and on what it was seen."""
+
+    difference: float
+    allowed: float
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.text}: logits differ by {self.difference:.2g} at most, {self.allowed:.2g} is allowed"
+
+
+def make_probe(loaded: LoadedModel) -> Probe:
+    """Two rows with a picture each where the model takes pictures, one row of text where it takes none."""
+    place = next(loaded.model.parameters())
+    reader = _reader(loaded.processor)
+    if loaded.parts.tower is None:
+        inputs, kind = reader.prompts([reader.prompt(QUESTION, False)], [None]), "of text alone"
+    else:
+        with TemporaryDirectory() as scratch:
+            paths = [str(Path(scratch) / f"{number}.png") for number in (0, 1)]
+            for number, path in enumerate(paths):
+                _picture(number).save(path)
+            inputs, kind = reader.prompts([reader.prompt(QUESTION, True)] * 2, paths), "with a picture each"
+    rows, tokens = inputs["input_ids"].shape
+    moved = {k: v.to(place.device, place.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+    return Probe(moved, f"{rows} row{'s' if rows > 1 else ''} of {tokens} tokens {kind}")
+
+
+def logits(model: nn.Module, probe: Probe) -> Tensor:
+    """Float32 logits [rows, tokens, vocabulary], in evaluation mode, on the CPU."""
+    with torch.no_grad():
+        answer: Tensor = model.eval()(**probe.inputs).logits
+    return answer.float().cpu()
+
+
+def compare(before: Tensor, after: Tensor, tolerance: float, probe: Probe) -> Comparison:
+    """Raises AdapterError when the logits differ by more than `tolerance` of the largest, or are not finite."""
+    if before.shape != after.shape:
+        raise AdapterError(f"the export gives logits {tuple(after.shape)}, the adapter {tuple(before.shape)}.")
+    largest = float(before.abs().max())
+    seen = Comparison(
+        float((after - before).abs().max()),
+        tolerance * largest,
+        f"{probe.text}, {tolerance:.0e} of the largest logit {largest:.3g}",
+    )
+    if not seen.difference <= seen.allowed:  # also true for NaN
+        raise AdapterError(f"the export differs from the adapter: {seen}. Nothing was written.")
+    return seen
+
+
+def adapted_logits(loaded: LoadedModel, adapter: Any) -> tuple[Tensor, Probe]:
+    """What the adapter itself answers; `loaded` carries it afterwards."""
+    probe = make_probe(loaded)
+    return logits(load_adapter(loaded.model, adapter, loaded.parts), probe), probe
+
+
+def modules_of(peft_model: PeftModel) -> dict[str, tuple[int, float]]:
+    """Rank and scale of every module that PEFT adapted, by its name in the base model."""
+    return {
+        name: (module.lora_A[ADAPTER].weight.shape[0], module.scaling[ADAPTER])
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def require_modules(peft_model: PeftModel, wanted: Mapping[str, tuple[int, float]], what: str) -> None:
+    """Raises AdapterError, naming the first, unless exactly these modules have exactly these ranks and scales."""
+    built = modules_of(peft_model)
+    for name in {**wanted, **built}:
+        asked, got = wanted.get(name, (0, 0.0)), built.get(name, (0, 0.0))
+        if asked[0] != got[0] or abs(asked[1] - got[1]) > 1e-9 * asked[1]:
+            raise AdapterError(
+                f"{what}: {name} is built with rank {got[0]} and scale {got[1]:g}, the schedule has rank {asked[0]} "
+                f"and scale {asked[1]:g}."
+            )
+
+
+@contextmanager
+def strictly(what: str) -> Iterator[None]:
+    """PEFT's warnings and failures become AdapterError."""
+    try:
+        with warnings.catch_warnings():
+            for category in (UserWarning, RuntimeWarning):
+                warnings.simplefilter("error", category)
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, not about the request
+            warnings.filterwarnings("ignore", module=r"torch\b")  # remarks on the machine, such as an old driver
+            yield
+    except (Warning, RuntimeError, ValueError, KeyError, TypeError) as problem:
+        raise AdapterError(f"{what} does not load in PEFT: {type(problem).__name__}: {problem}") from problem
+
+
+def _reader(processor: Any) -> Reader:
+    """The model's own way of asking; any other will do where it has none, since both sides are asked alike."""
+    try:
+        return open_reader(processor)
+    except ConfigError:
+        return open_reader(processor, "v1")
+
+
+def _picture(colour: int) -> Image.Image:
+    """A gradient; the two pictures run in different directions."""
+    width, height = PICTURE_SIZE
+    ramp = Image.linear_gradient("L").resize((width, height))
+    channels = [ramp, ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT), ramp.rotate(90 + 90 * colour).convert("L")]
+    return Image.merge("RGB", channels[colour:] + channels[:colour])

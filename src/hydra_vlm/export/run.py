@@ -1,0 +1,91 @@
+"""Export an adapter: cheap questions first, then write, load again and compare, then let the folder appear."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+from hydra_vlm.errors import ConfigError, RunFolderError
+from hydra_vlm.export.merged import export_merged, stored_dtype
+from hydra_vlm.export.original import export_original, original_config
+from hydra_vlm.export.outcome import Exported, Outcome
+from hydra_vlm.export.plain_peft import export_peft
+from hydra_vlm.export.snippet import export_snippet
+from hydra_vlm.export.source import Source, open_source
+from hydra_vlm.export.uniform import export_uniform, uniform_rank
+
+Format = Literal["merged", "peft", "uniform", "original", "snippet"]
+Writer = Callable[[Path], Outcome]
+
+
+def export(
+    model: str,
+    adapter: str | Path,
+    destination: str | Path,
+    form: Format,
+    rank: int | None = None,
+    device: str = "cpu",
+    decoder_pattern: str | None = None,
+) -> Exported:
+    """Write an adapter (a snippet: or a schedule.json) in another form to a folder that appears whole or not at all.
+
+    `rank` is the one rank of `uniform`. Everything is computed in float32 on `device`. `decoder_pattern` is for
+    `find_parts`, as the model was trained with.
+
+    Raises ConfigError, AdapterError or RunFolderError, for whatever can be known beforehand before a model is loaded.
+    """
+    destination = Path(destination)
+    require_free(destination)
+    source = open_source(model, adapter, device, decoder_pattern)
+    write = _writer(source, form, rank)
+    with whole_folder(destination) as draft:
+        outcome = write(draft)
+    files = sorted(path for path in destination.rglob("*") if path.is_file())
+    sizes = tuple((str(path.relative_to(destination)), path.stat().st_size) for path in files)
+    return Exported(form, destination, sizes, outcome)
+
+
+def _writer(source: Source, form: Format, rank: int | None) -> Writer:
+    """The writer of a form, with all questions asked that need no weights."""
+    if form not in get_args(Format):
+        raise ConfigError(f"export format {form!r} does not exist: choose one of {', '.join(get_args(Format))}.")
+    if rank is not None and form != "uniform":
+        raise ConfigError(f"--rank is the one rank of a uniform export; {form} keeps its own: leave --rank out.")
+    if form == "snippet":
+        return lambda draft: export_snippet(source, draft)
+    folder = source.folder  # a schedule alone ends here
+    assert folder.is_dir()
+    if form == "merged":
+        stored_dtype(source)
+        return lambda draft: export_merged(source, draft)
+    if form == "uniform":
+        padded = uniform_rank(source.schedule, rank)
+        return lambda draft: export_uniform(source, draft, padded)
+    if form == "original":
+        original_config(source)
+        return lambda draft: export_original(source, draft)
+    return lambda draft: export_peft(source, draft)
+
+
+def require_free(destination: Path) -> None:
+    """Raises RunFolderError unless a folder may appear there."""
+    if destination.is_dir() and any(destination.iterdir()):
+        raise RunFolderError(f"{destination} is not empty: an export never overwrites; choose another folder.")
+    if destination.exists() and not destination.is_dir():
+        raise RunFolderError(f"{destination} is a file: give the folder that the export is to create.")
+
+
+@contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """A sibling to write to, renamed at the end; on any error it goes, and nothing has appeared."""
+    draft = destination.with_name(f".{destination.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if destination.exists():
+            destination.rmdir()
+        draft.rename(destination)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

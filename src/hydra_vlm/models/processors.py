@@ -1,0 +1,73 @@
+"""The processor of a saved model, of a text decoder its tokenizer.
+
+Many processors hold a video half that transformers builds with torchvision alone. Only images are read here, so where
+torchvision is not installed a stand-in takes the video half's place, which knows its settings and can do nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import transformers_module
+from transformers.utils import is_torchvision_available
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from hydra_vlm.errors import ConfigError
+
+
+class VideoSettings(VideoProcessorMixin):
+    """The stored settings of a video processor, kept so that saving the processor writes them unchanged."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**settings)
+        self.settings = settings
+        # A processor checks the class of its parts by name, and transformers hides this name without torchvision.
+        if not hasattr(transformers_module, "VideoProcessorMixin"):
+            transformers_module.VideoProcessorMixin = VideoProcessorMixin
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.settings)
+
+
+def load_processor(folder: Path, config: PreTrainedConfig) -> Any:
+    """The processor in `folder`.
+
+    Raises:
+        ConfigError: it needs a package that is not installed, or the folder holds none.
+    """
+    try:
+        processor_class = PROCESSOR_MAPPING.get(type(config), None)
+        if processor_class and "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
+            return _without_video(processor_class, folder)
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError as problem:
+        raise ConfigError(f"the processor in {folder} cannot be loaded: {' '.join(str(problem).split())}") from None
+    except (OSError, ValueError) as problem:
+        raise ConfigError(
+            f"{folder} holds no processor that can be loaded ({problem}): put the files of its tokenizer and image "
+            "processor beside config.json"
+        ) from None
+
+
+def _without_video(processor_class: type[ProcessorMixin], folder: Path) -> Any:
+    """The processor from its parts, the video half by its stored settings."""
+    stored, _ = processor_class.get_processor_dict(folder)
+    parts: list[Any] = []
+    for name in processor_class.get_attributes():
+        if name == "video_processor":
+            parts.append(VideoSettings(stored.get(name) or _video_settings(folder)))
+        else:
+            auto = AutoTokenizer if name == "tokenizer" else AutoImageProcessor
+            parts.append(auto.from_pretrained(folder))
+    return processor_class.from_args_and_dict(parts, stored)
+
+
+def _video_settings(folder: Path) -> dict[str, Any]:
+    """From the files in which older versions of transformers kept them."""
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return found
+    return {}

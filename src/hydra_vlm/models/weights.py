@@ -1,0 +1,135 @@
+"""Stored weights, read without filling memory: tensors are mapped from their files and come in when they are used.
+
+A folder holds `model.safetensors` or `pytorch_model.bin`, or either in shards, with an index or without. Files of
+torch are read with `weights_only`, so nothing in them can run.
+"""
+
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hydra_vlm.errors import CheckpointError
+from hydra_vlm.files import read_json, write_json
+
+_LARGEST_SHARD, _SMALLEST_SHARD = 10**9, 64 * 2**20  # bytes
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files with a model's weights in a folder, safetensors first; empty where there are none.
+
+    Raises:
+        CheckpointError: a shard is missing.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            return _all_there([folder / name for name in sorted(set(read_json(index)["weight_map"].values()))])
+        if (folder / f"{stem}.{suffix}").is_file():
+            return (folder / f"{stem}.{suffix}",)
+        shards = sorted(path for path in folder.glob(f"{stem}-*.{suffix}") if _SHARD.search(path.name))
+        if shards:
+            count = _SHARD.search(shards[0].name).group(2)  # type: ignore[union-attr]
+            names = (f"{stem}-{number:05d}-of-{count}.{suffix}" for number in range(1, int(count) + 1))
+            return _all_there([folder / name for name in names])
+    return ()
+
+
+def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of all files by their names, mapped from disk.
+
+    Raises:
+        CheckpointError: a file cannot be read, holds more than tensors, or repeats a name of another.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        tensors = read_file(path)
+        twice = weights.keys() & tensors.keys()
+        if twice:
+            raise CheckpointError(f"{path} holds {min(twice)}, which another file of the checkpoint holds, too.")
+        weights |= tensors
+    return weights
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, mapped from disk.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = _load(path)
+    except (OSError, EOFError, RuntimeError, SafetensorError) as problem:
+        raise CheckpointError(f"{path} cannot be read: {str(problem).splitlines()[0]}.") from problem
+    except pickle.UnpicklingError as problem:
+        raise CheckpointError(
+            f"{path} holds more than tensors, and loading it could run code: save its state dict by itself."
+        ) from problem
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} is not a state dict: it must hold tensors by name and nothing else.")
+    return dict(tensors)
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, Tensor], finish: Callable[[str, Tensor], Tensor] | None = None
+) -> None:
+    """Write `model.safetensors`, in shards of up to 1 GB with an index where it is larger.
+
+    `finish` makes of each mapped tensor the one to write, of the same shape and dtype. What it makes lies in memory for
+    one shard at a time, so shards are then a sixteenth of the whole (64 MiB at least).
+    """
+    total = sum(tensor.nbytes for tensor in weights.values())
+    limit = min(_LARGEST_SHARD, max(total // 16, _SMALLEST_SHARD)) if finish else _LARGEST_SHARD
+    split = split_torch_state_dict_into_shards(dict(weights), max_shard_size=limit)
+    for filename, names in split.filename_to_tensors.items():
+        _write_shard(
+            folder / filename, {name: finish(name, weights[name]) if finish else weights[name] for name in names}
+        )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that their owner alone may read
+    save_file(_apart(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _all_there(files: list[Path]) -> tuple[Path, ...]:
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, one of {len(files)} files of the checkpoint: fetch it again.")
+    return tuple(files)
+
+
+def _load(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as problem:
+        if "mmap" not in str(problem):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous and with no memory in common, as safetensors wants them."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        shared = whole.data_ptr() in seen or whole.untyped_storage().nbytes() != whole.nbytes
+        apart[name] = whole.clone() if shared else whole
+        seen.add(apart[name].data_ptr())
+    return apart

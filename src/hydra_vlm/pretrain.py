@@ -1,0 +1,91 @@
+"""Stage I: the projector alone is trained on captions, and a new model folder comes out.
+
+The run folder is that of every other command, with `model/` in it. Started again with the same command, a stopped run
+goes on and a finished one is left as it is.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from hydra_vlm.config import Config
+from hydra_vlm.data.templates import AUTO
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.models.loading import LoadedModel, resolve_model
+from hydra_vlm.records import TrialRecord
+from hydra_vlm.training.recipe import finetune, prepare_projector
+from hydra_vlm.tune import Say, Study, prepare_study
+
+NAME = "projector"
+TEMPLATE = "plain"
+
+
+def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
+    """Train the projector with the first of the seeds and write `out`/model.
+
+    Raises:
+        HydraError: a template other than `plain`, a model without projector, or what `prepare_study` finds wrong.
+    """
+    study = prepare_study(stage_one(config), out, say)
+    seed = config.seeds[0]
+    folder, model_folder = study.folder.trial(f"{NAME}-seed{seed}"), study.folder.path / "model"
+    if (folder / "record.json").is_file() and model_folder.is_dir():
+        return TrialRecord.from_json(read_json(folder / "record.json"))
+    started = time.monotonic()
+    loaded, record = _train(study, seed, folder, started)
+    save_model(loaded, resolve_model(study.config.model), model_folder)
+    write_json(folder / "record.json", record.to_json())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return record
+
+
+def stage_one(config: Config) -> Config:
+    """The configuration with the template of stage I.
+
+    Raises:
+        ConfigError: another template was asked for.
+    """
+    if config.data.template not in (AUTO, TEMPLATE):
+        raise ConfigError(
+            f"data.template {config.data.template!r}: stage I reads an image and its caption alone, so leave it out or "
+            f"set it to {TEMPLATE}"
+        )
+    return config.model_copy(update={"data": config.data.model_copy(update={"template": TEMPLATE})})
+
+
+def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:
+    """Model and processor as a folder, whole or not there; weights in the source folder's dtype, so that frozen ones
+    stay what they were, the projector in float32."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    loaded.model.to(AutoConfig.from_pretrained(source).dtype or torch.float32)
+    if loaded.parts.projector is not None:
+        loaded.model.get_submodule(loaded.parts.projector).float()
+    loaded.model.save_pretrained(temporary)
+    loaded.processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _train(study: Study, seed: int, folder: Path, started: float) -> tuple[LoadedModel, TrialRecord]:
+    loaded, settings = study.fresh_model(), study.config.training
+    model: Any = prepare_projector(loaded)
+    done = finetune(model, loaded, study.data, settings, seed, folder / "checkpoints")
+    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in done.train_losses))
+    trained = {part: count for part, count in done.trained.items() if count}
+    record = TrialRecord(
+        name=NAME,
+        seed=seed,
+        schedule=None,
+        trained=trained,
+        train_losses=done.train_losses,
+        validation_loss=done.validation_loss,
+        scores=(),
+        seconds=time.monotonic() - started,
+    )
+    return loaded, record

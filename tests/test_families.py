@@ -1,0 +1,255 @@
+"""Every supported family from records to a merged model, through the functions that `hydra-vlm tune` runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from families import FAMILIES, LAYERS, Family
+from hydra_vlm import tune as job
+from hydra_vlm.benchmarks.generation import answer
+from hydra_vlm.benchmarks.protocol import Example
+from hydra_vlm.config import load_config
+from hydra_vlm.data.features import load_image
+from hydra_vlm.data.records import write_records
+from hydra_vlm.data.templates import IGNORED
+from hydra_vlm.lora import PROJECTOR, merge
+from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.training.recipe import Finetuned, finetune, prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+ONE_ROUND = [
+    {"id": "square", "image": "square.png", "conversations": ["what is it?", "red"]},
+    {"id": "wide", "image": "wide.png", "conversations": ["what is this, and where?", "a blue one."]},
+]
+ROUNDS = {"id": "rounds", "image": "wide.png", "conversations": ["what is it?", "red", "and its shape?", "two words"]}
+TEXTS = [
+    {"id": "text", "conversations": ["what is two and two?", "four"]},
+    {"id": "long", "conversations": ["what is it?", "no", "and then?", "more of it"]},
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A family's run: how it was trained and what came out."""
+
+    family: Family
+    study: job.Study
+    loaded: LoadedModel
+    done: Finetuned
+    folder: Path
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        data = self.study.data
+        return data.reader.batch([data.train[i] for i in range(len(data.train))])
+
+    def fresh(self) -> LoadedModel:
+        return self.study.fresh_model()
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+def records_for(name: str) -> list[dict[str, Any]]:
+    """What the family can read: PaliGemma knows no conversations, a text decoder no images."""
+    if name == "llama":
+        return TEXTS
+    return ONE_ROUND if name == "paligemma" else [*ONE_ROUND, ROUNDS, *TEXTS]
+
+
+def write_data(folder: Path, records: list[dict[str, Any]]) -> Path:
+    """A LLaVA-format file over two images of different sizes."""
+    folder.mkdir()
+    torch.manual_seed(1)
+    for name, size in (("square.png", (32, 32)), ("wide.png", (60, 30))):
+        pixels = torch.randint(0, 255, (size[1], size[0], 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / name)
+    written = []
+    for record in records:
+        mark = "<image>\n" if "image" in record else ""
+        turns = [
+            {"from": ("human", "gpt")[i % 2], "value": (mark if i == 0 else "") + text}
+            for i, text in enumerate(record["conversations"])
+        ]
+        written.append({**record, "conversations": turns})
+    write_records(folder / "train.json", written)
+    return folder / "train.json"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """profile -> schedule -> two steps -> adapter on disk."""
+    family = FAMILIES[request.param]
+    home = tmp_path_factory.mktemp(family.name)
+    data = write_data(home / "data", records_for(family.name))
+    config = load_config(
+        None,
+        [
+            f"model={family.save(home / 'model')}",
+            f"data.train={data}",
+            f"data.tests={{mine: {data}}}",
+            "budget.rank=4",
+            "profile.steps=3",
+            "profile.skip=1",
+            "allocation.n_stages=2",
+            "schedules=[coarse]",
+            "training.steps=2",
+            "training.batch_size=2",
+            "training.save_steps=1",
+            "evaluation.max_new_tokens=4",
+            "device=cpu",
+        ],
+    )
+    study = job.prepare_study(config, home / "run", quiet)
+    schedule = job.allocate_all(study, job.measure_profile(study, quiet))["coarse"]
+    loaded = study.fresh_model()
+    model = prepare(loaded, schedule, config.training, seed=0)
+    done = finetune(model, loaded, study.data, config.training, 0, home / "checkpoints")
+    job.keep_weights(loaded, done.model, schedule, home)
+    return Trained(family, study, loaded, done, home)
+
+
+def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where there is text; what a model says at padding is nobody's business."""
+    with torch.no_grad():
+        said = model.eval()(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return said[batch["attention_mask"].bool()]
+
+
+def test_the_graph_is_the_decoders(trained: Trained) -> None:
+    parts, family = trained.loaded.parts, trained.family
+    assert (parts.decoder, parts.tower, parts.projector) == (family.decoder, family.tower, family.projector)
+    assert parts.graph.n_layers == LAYERS
+    assert parts.graph.components == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_the_tower_is_untouched(trained: Trained) -> None:
+    parts = trained.loaded.parts
+    schedule = job.allocate_all(trained.study, job.measure_profile(trained.study, quiet))["coarse"]
+    loaded = trained.fresh()
+    model = prepare(loaded, schedule, trained.study.config.training, seed=0)
+    model(**trained.batch()).loss.backward()
+    names = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    own = (f"{parts.projector}.",)
+    tower = {
+        n: p for n, p in names.items() if parts.tower and n.startswith(f"{parts.tower}.") and not n.startswith(own)
+    }
+    assert bool(tower) == (parts.tower is not None)
+    assert all(p.grad is None and not p.requires_grad and "lora" not in n for n, p in tower.items())
+    trained_whole = {n for n, p in names.items() if p.requires_grad and "lora" not in n}
+    assert all(n.startswith(own) for n in trained_whole)
+    assert bool(trained_whole) == (parts.projector is not None)
+    assert all(names[n].grad is not None for n in trained_whole)
+    before, after = loaded.model.state_dict(), trained.loaded.model.state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in tower)
+
+
+def test_labels_are_the_answers_with_their_end(trained: Trained) -> None:
+    reader, family = trained.study.data.reader, trained.family
+    batch = trained.batch()
+    for record, labels, ids in zip(records_for(family.name), batch["labels"], batch["input_ids"], strict=True):
+        assert bool(((labels == IGNORED) | (labels == ids)).all())
+        said = reader.tokenizer.decode(labels[labels != IGNORED])
+        assert said == "".join(f"{family.lead}{text}{family.end}" for text in record["conversations"][1::2])
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert [item["length"] for item in trained.study.data.train.items] == lengths  # foreseen without the images
+
+
+def test_prompts_are_the_processors_own(trained: Trained) -> None:
+    """Against transformers' own way from messages to tensors, and as beginnings of what was trained on."""
+    reader, batch = trained.study.data.reader, trained.batch()
+    example = trained.study.tests["mine"][0]
+    ours = reader.prompts([reader.prompt(example.question, example.image is not None)], [example.image])
+    length = ours["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][0, :length], ours["input_ids"][0])
+    assert bool((batch["labels"][0, :length] == IGNORED).all())
+    if trained.family.name in ("paligemma", "mobilevlm", "llama"):
+        return
+    parts = [{"type": "image", "image": load_image(example.image)}, {"type": "text", "text": example.question}]
+    theirs = trained.loaded.processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_two_steps_were_trained(trained: Trained) -> None:
+    assert trained.done.trained["lora"] > 0
+    assert [step for step, _ in trained.done.train_losses] == [1, 2]
+    adapter = load_file(trained.folder / "adapter/adapter_model.safetensors")
+    assert all(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_plain_peft_gives_the_trained_model_and_so_does_the_merged_one(trained: Trained) -> None:
+    batch = trained.batch()
+    ours = logits(trained.done.model, batch)
+    plain = PeftModel.from_pretrained(trained.fresh().model, trained.folder / "adapter")
+    projector = trained.loaded.parts.projector
+    assert (trained.folder / "adapter" / PROJECTOR).is_file() == (projector is not None)
+    if projector is not None:
+        stored = load_file(trained.folder / "adapter" / PROJECTOR)
+        plain.get_base_model().get_submodule(projector).load_state_dict(stored)
+    torch.testing.assert_close(logits(plain, batch), ours, rtol=0, atol=1e-5)
+    merged = merge(plain, check_inputs={key: value for key, value in batch.items() if key != "labels"})
+    torch.testing.assert_close(logits(merged, batch), ours, rtol=0, atol=1e-5)
+    untrained = logits(trained.fresh().model, batch)
+    assert (untrained - ours).abs().max() > 1e-3
+
+
+def test_batched_answers_are_those_of_single_questions(trained: Trained) -> None:
+    study = trained.study
+    examples = study.tests["mine"]
+
+    def ask(questions: tuple[Example, ...], batch_size: int) -> list[str]:
+        said = answer(trained.done.model, study.data.reader, questions, batch_size, max_new_tokens=4)
+        return [prediction.text for prediction in said]
+
+    def first_logits(questions: tuple[Example, ...]) -> torch.Tensor:
+        texts = [study.data.reader.prompt(e.question, e.image is not None) for e in questions]
+        inputs = study.data.reader.prompts(texts, [e.image for e in questions])
+        said = trained.done.model.generate(
+            **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        return said.logits[0]
+
+    assert ask(examples, len(examples)) == ask(examples, 1)
+    alone = torch.cat([first_logits((example,)) for example in examples])
+    torch.testing.assert_close(first_logits(examples), alone, rtol=0, atol=1e-4)
+
+
+def test_a_bfloat16_model_trains_its_projector_in_float32(trained: Trained) -> None:
+    loaded = trained.fresh()
+    loaded.model.to(torch.bfloat16)
+    schedule = job.allocate_all(trained.study, job.measure_profile(trained.study, quiet))["coarse"]
+    model = prepare(loaded, schedule, trained.study.config.training, seed=0)
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in trained.batch().items()}
+    model(**batch).loss.backward()
+    opened = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in opened.values())
+    assert bool(opened) == (trained.family.projector is not None)
+
+
+def test_a_whole_trial_is_scored_and_its_model_stored(trained: Trained) -> None:
+    """The rest of the job: a trial from start to score, and the processor stored with a fully trained model."""
+    record = job.run_trial(trained.study, "full", None, 0, quiet)
+    assert record.scores[0].n == len(trained.study.tests["mine"])
+    again = load_model(str(trained.study.folder.trial("full-seed0") / "model"), "cpu")
+    assert type(again.processor) is type(trained.loaded.processor)
+    example = trained.study.tests["mine"][0]
+    reader = trained.study.data.reader
+    text = reader.prompt(example.question, example.image is not None)
+    mine = type(reader)(again.processor, *([reader.form] if hasattr(reader, "form") else []))
+    ours, theirs = reader.prompts([text], [example.image]), mine.prompts([text], [example.image])
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
