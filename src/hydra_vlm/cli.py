@@ -104,7 +104,10 @@ def init(
     seed: Annotated[int, typer.Option(help="Seed of the projector's first weights.")] = 42,
     as_json: JsonOption = False,
 ) -> None:
-    """Compose a MobileVLM from a language model and a vision tower; train its projector with `pretrain` next."""
+    """Compose a MobileVLM from a language model and a vision tower.
+
+    Its projector is new: train it with `pretrain` next.
+    """
     _quiet_transformers()
     from hydra_vlm.commands.init import init_model
 
@@ -119,7 +122,7 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="The run folder; model/ in it is the new model.")] = Path("runs/pretrain"),
     as_json: JsonOption = False,
 ) -> None:
-    """Stage I: train the projector alone on captions and write a new model folder."""
+    """Stage I: train the projector on captions, write a new model."""
     settings = _config(config, context.args)
     from hydra_vlm.pretrain import pretrain as run
 
@@ -135,7 +138,7 @@ def profile(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/profile"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure gradient norms by layer and component in a short LoRA run."""
+    """Measure gradient norms in a short LoRA run."""
     settings = _config(config, context.args)
     from hydra_vlm.tune import measure_profile, prepare_study
 
@@ -156,7 +159,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune with one schedule, answer the test questions, keep adapter and record."""
+    """Fine-tune with one schedule; keep adapter, answers, scores."""
     settings = _config(config, context.args)
     from hydra_vlm.tune import prepare_study, run_trial, schedule_for
 
@@ -176,7 +179,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="The folder for predictions and scores.")] = Path("runs/evaluate"),
     as_json: JsonOption = False,
 ) -> None:
-    """Answer the test questions with a model or an adapter and score them."""
+    """Answer and score the test questions, with or without adapter."""
     settings = _config(config, context.args)
     from hydra_vlm.tune import evaluate_adapter, prepare_study
 
@@ -193,7 +196,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it goes on.")] = Path("runs/tune"),
     as_json: JsonOption = False,
 ) -> None:
-    """Profile, allocate, fine-tune every schedule, score, compare, report."""
+    """Profile, allocate, fine-tune every schedule, compare, report."""
     settings = _config(config, context.args)
     from hydra_vlm.tune import tune as run
 
@@ -220,7 +223,10 @@ def chat(
         typer.Option(help="The decoder_pattern that the run was configured with, if any.", show_default=False),
     ] = None,
 ) -> None:
-    """Ask one question, about an image or without, and print the answer (greedy)."""
+    """Ask one question, about an image or without.
+
+    The answer is greedy.
+    """
     if len(words) > 2:
         raise ConfigError(f"chat takes MODEL [IMAGE] QUESTION, found {len(words)} words after MODEL: quote the last")
     from hydra_vlm.commands.chat import chat as ask
@@ -260,9 +266,9 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an adapter in the form another program reads, load it again and compare.
+    """Write an adapter in the form another program reads.
 
-    The folder appears when the comparison has passed, or not at all.
+    It is loaded again and compared. The folder appears when the comparison has passed, or not at all.
     """
     from hydra_vlm.commands.export import run_export
 
@@ -275,7 +281,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.html from a run folder's records and print the comparison. Loads no torch."""
+    """Write report.html from a run folder, print the comparison.
+
+    Loads no torch.
+    """
     _report(run, as_json)
 
 
@@ -296,7 +305,7 @@ def convert(
     base: Annotated[Path | None, typer.Option(help="For a LoRA folder: the checkpoint that it is merged into.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a MobileVLM checkpoint in the authors' layout (v1, V2), or write one back.
+    """Convert a MobileVLM from or to the layout of its authors.
 
     Every weight is checked by name and shape before anything is written, and kept to the bit unless LoRA is merged.
     """
