@@ -75,7 +75,19 @@ def test_errors_are_one_line_and_name_the_remedy(words: str, message: str) -> No
 
 def test_every_command_has_help() -> None:
     listed = run("--help").stdout
-    known = "schedule init pretrain profile train evaluate tune chat export report convert".split()
+    known = [
+        "schedule",
+        "init",
+        "pretrain",
+        "profile",
+        "train",
+        "evaluate",
+        "tune",
+        "chat",
+        "export",
+        "report",
+        "convert",
+    ]
     assert "..." not in listed.split("Commands:")[1]  # no summary is cut short
     for command in known:
         assert command in listed
