@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hydra_vlm.cli import app
-from hydra_vlm.config import Config
+from hydra_vlm.config import Config, load_config
 from hydra_vlm.data import builtin
 from hydra_vlm.data.captions import captions_of, mixed, write_scene_captions
 from hydra_vlm.data.records import read_records
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.pretrain import pretrain
+from hydra_vlm.pretrain import stage_one as for_stage_one
 from hydra_vlm.training.trainer import VLMTrainer
 from tiny import toy_config, write_toy_data
 
@@ -141,3 +142,9 @@ def test_a_mix_takes_equally_many(tmp_path: Path) -> None:
     sets = [write_scene_captions(tmp_path, split, count, 0) for split, count in (("a", 5), ("b", 3))]
     made = mixed(sets, seed=0)
     assert sorted(r["id"].split("-")[1] for r in made) == ["a"] * 3 + ["b"] * 3
+
+
+def test_stage_one_reads_captions_in_place_of_questions() -> None:
+    assert for_stage_one(load_config(None, [])).data.train == "captions"
+    own = for_stage_one(load_config(None, ["data.train=mine.json"]))
+    assert (own.data.train, own.data.template) == ("mine.json", "plain")

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from hydra_vlm.config import Config
+from hydra_vlm.data.builtin import CAPTIONS, QUESTIONS
 from hydra_vlm.data.templates import AUTO
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.files import read_json, write_json, write_lines
@@ -45,7 +46,7 @@ def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
 
 
 def stage_one(config: Config) -> Config:
-    """The configuration with the template of stage I.
+    """The configuration with the template of stage I, and captions in place of a built-in set of questions.
 
     Raises:
         ConfigError: another template was asked for.
@@ -55,7 +56,8 @@ def stage_one(config: Config) -> Config:
             f"data.template {config.data.template!r}: stage I reads an image and its caption alone, so leave it out or "
             f"set it to {TEMPLATE}"
         )
-    return config.model_copy(update={"data": config.data.model_copy(update={"template": TEMPLATE})})
+    train = CAPTIONS if config.data.train in QUESTIONS else config.data.train
+    return config.model_copy(update={"data": config.data.model_copy(update={"template": TEMPLATE, "train": train})})
 
 
 def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:

@@ -18,7 +18,9 @@ from hydra_vlm.data.catalogue import write_catalogue
 from hydra_vlm.data.records import write_records
 from hydra_vlm.errors import DataError
 
-BUILTIN = ("demo", "easy-vqa", "easy-vqa-captions", "scene-captions", "captions")
+QUESTIONS = ("demo", "easy-vqa")
+CAPTIONS = "captions"
+BUILTIN = (*QUESTIONS, CAPTIONS, "easy-vqa-captions", "scene-captions")
 VALIDATION_IMAGES = 400
 SCENES = {"train": 1600, "validation": 160}
 CATALOGUE_PICTURES = {"train": 3000, "validation": 300, "test": 500}

