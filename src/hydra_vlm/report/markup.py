@@ -29,6 +29,7 @@ th, td { padding: .4rem 1.2rem .4rem 0; text-align: left; border-bottom: 1px sol
   white-space: nowrap; }
 th { color: var(--muted); font-weight: 600; border-bottom-color: #9aa5b1; }
 .number { text-align: right; }
+.verdict { min-width: 11rem; max-width: 17rem; white-space: normal; }
 .better { color: #005a8c; font-weight: 600; }
 .worse, .over { color: #a34700; font-weight: 600; }
 td { vertical-align: top; }
@@ -98,9 +99,11 @@ def table(cells: Sequence[Sequence[str]], numeric: Collection[int]) -> str:
     """
 
     def line(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{kind(i, text)}>{escape(text).replace(chr(10), '<br>')}</{tag}>" for i, text in enumerate(row)
-        )
+        return "".join(f"<{tag}{kind(i, text)}>{content(text)}</{tag}>" for i, text in enumerate(row))
+
+    def content(text: str) -> str:
+        value, _, verdict = text.partition("\n")
+        return escape(value) + (f'<div class="verdict">{escape(verdict)}</div>' if verdict else "")
 
     def kind(column: int, text: str) -> str:
         words = ["number"] if column in numeric else []
