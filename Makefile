@@ -8,7 +8,7 @@ demo: .venv/.installed  ## profile, allocate, fine-tune, compare on the embedded
 	$(BIN)/hydra-vlm tune --out runs/demo
 
 test: .venv/.installed  ## the tests, without the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: .venv/.installed  ## the tests, the slow ones too
 	$(BIN)/pytest
