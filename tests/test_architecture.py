@@ -13,7 +13,7 @@ PURE = ("graph", "schedule", "profile", "allocation", "spending", "errors")
 # room -> the rooms that it may import; a folder counts as one room.
 MAY_IMPORT = {
     "errors": (),
-    "files": (),
+    "files": ("errors",),
     "graph": ("errors",),
     "schedule": ("errors", "graph"),
     "profile": ("errors", "graph", "schedule"),

@@ -293,7 +293,7 @@ def test_requests_that_make_no_sense_are_refused(llm: Path, tmp_path: Path) -> N
         init_model(model, tmp_path, vision)
     with pytest.raises(ConfigError, match="does not exist: give the folder"):
         init_model(model, tmp_path / "none.gguf", vision)
-    with pytest.raises(RunFolderError, match="holds something"):
+    with pytest.raises(RunFolderError, match="is not empty"):
         init_model(vision, llm, vision)
 
 

@@ -240,7 +240,7 @@ def test_a_target_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     to_hydra(source, tmp_path / "ours")  # an empty folder will do
     before = sorted((tmp_path / "ours").iterdir())
-    with pytest.raises(RunFolderError, match="exists already"):
+    with pytest.raises(RunFolderError, match="is not empty"):
         to_hydra(source, tmp_path / "ours")
     assert sorted((tmp_path / "ours").iterdir()) == before
 

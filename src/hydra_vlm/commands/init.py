@@ -1,12 +1,12 @@
 """`hydra-vlm init`: a model folder composed from a language model, a vision tower and a new projector."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.errors import ConfigError, RunFolderError
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.files import require_free, whole_folder
 from hydra_vlm.models.compose import Parts, compose, load_decoder, load_tower
 from hydra_vlm.models.mobilevlm.projector import PROJECTORS
 from hydra_vlm.models.smol import smol_parts
@@ -47,16 +47,11 @@ def init_model(
     """
     if projector not in PROJECTORS:
         raise ConfigError(f"--projector {projector!r} does not exist: choose one of {', '.join(PROJECTORS)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder} exists and holds something: name an empty or new folder")
+    require_free(folder)
     model, processor = compose(_parts(llm, vision, preset), projector, seed)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    if folder.exists():
-        folder.rmdir()
-    temporary.rename(folder)
+    with whole_folder(folder) as draft:
+        model.save_pretrained(draft)
+        processor.save_pretrained(draft)
     return Composed(
         folder=str(folder),
         parameters={

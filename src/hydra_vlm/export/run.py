@@ -1,12 +1,10 @@
 """Export an adapter: cheap questions first, then write, load again and compare, then let the folder appear."""
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from hydra_vlm.errors import ConfigError, RunFolderError
+from hydra_vlm.errors import ConfigError
 from hydra_vlm.export.merged import export_merged, stored_dtype
 from hydra_vlm.export.original import export_original, original_config
 from hydra_vlm.export.outcome import Exported, Outcome
@@ -14,6 +12,7 @@ from hydra_vlm.export.plain_peft import export_peft
 from hydra_vlm.export.snippet import export_snippet
 from hydra_vlm.export.source import Source, open_source
 from hydra_vlm.export.uniform import export_uniform, uniform_rank
+from hydra_vlm.files import require_free, whole_folder
 
 Format = Literal["merged", "peft", "uniform", "original", "snippet"]
 Writer = Callable[[Path], Outcome]
@@ -66,26 +65,3 @@ def _writer(source: Source, form: Format, rank: int | None) -> Writer:
         original_config(source)
         return lambda draft: export_original(source, draft)
     return lambda draft: export_peft(source, draft)
-
-
-def require_free(destination: Path) -> None:
-    """Raises RunFolderError unless a folder may appear there."""
-    if destination.is_dir() and any(destination.iterdir()):
-        raise RunFolderError(f"{destination} is not empty: an export never overwrites; choose another folder.")
-    if destination.exists() and not destination.is_dir():
-        raise RunFolderError(f"{destination} is a file: give the folder that the export is to create.")
-
-
-@contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
-    """A sibling to write to, renamed at the end; on any error it goes, and nothing has appeared."""
-    draft = destination.with_name(f".{destination.name}.new")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        if destination.exists():
-            destination.rmdir()
-        draft.rename(destination)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

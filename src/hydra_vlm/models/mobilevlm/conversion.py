@@ -5,9 +5,7 @@ or deliberately left and named, every tensor of the model is there. Weights pass
 holds no copy of the checkpoint.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_vlm.errors import ConfigError, RunFolderError
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.files import read_json, require_free, whole_folder, write_json
 from hydra_vlm.models.mobilevlm import original_layout as layout
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.modeling import MobileVLMForConditionalGeneration
@@ -80,7 +78,7 @@ def to_hydra(
         ConfigError: the source is not in the authors' layout, or an option is missing or contradicts.
         RunFolderError: the target holds something already.
     """
-    _require_free(target)
+    require_free(target)
     base = _base(source, base)
     projector = _projector_file(projector)
     roots = [root for root in (source, base) if root is not None]
@@ -98,7 +96,7 @@ def to_hydra(
     def finish(name: str, tensor: Tensor) -> Tensor:
         return parts.updates[name].added_to(tensor) if name in parts.updates else tensor
 
-    with _whole(target) as draft:
+    with whole_folder(target) as draft:
         length = theirs.get("max_sequence_length") or config.text_config.max_position_embeddings
         parts.notes += write_our_processor(config, [*roots, *([vision] if vision else [])], theirs, length, draft)
         config.save_pretrained(draft)
@@ -117,7 +115,7 @@ def to_original(source: Path, target: Path) -> Conversion:
         ConfigError: the source is not a MobileVLM folder, or has parts for which the authors' layout has no place.
         RunFolderError: the target holds something already.
     """
-    _require_free(target)
+    require_free(target)
     stored = _read_config(source)
     if layout.is_original(stored):
         raise ConfigError(f"{source} is in the authors' layout already.")
@@ -131,7 +129,7 @@ def to_original(source: Path, target: Path) -> Conversion:
     parts = Parts()
     parts.add(read_folder(source), str, layout.is_left)
     require_complete(parts, config, source)
-    with _whole(target) as draft:
+    with whole_folder(target) as draft:
         write_json(draft / "config.json", theirs)
         copy_generation_config([source], config, draft)
         parts.notes += write_their_tokenizer(source, theirs, draft)
@@ -197,24 +195,3 @@ def _projector_file(path: Path | None) -> Path | None:
 def _conversion(target: Path, kind: str, weights: Mapping[str, Tensor], parts: Parts) -> Conversion:
     size = sum(tensor.nbytes for tensor in weights.values())
     return Conversion(target, kind, len(weights), size, tuple(parts.left), tuple(parts.notes))
-
-
-def _require_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target} exists already: choose a new folder for the converted checkpoint.")
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes the target's name when all is written, and vanishes on any error."""
-    target = target.absolute()
-    draft = target.with_name(f".{target.name}.new")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        if target.exists():
-            target.rmdir()
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
