@@ -16,7 +16,7 @@ from hydra_vlm.config import Config
 from hydra_vlm.data.builtin import CAPTIONS, QUESTIONS
 from hydra_vlm.data.templates import AUTO
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.files import read_json, whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.training.recipe import finetune, prepare_projector
@@ -63,15 +63,13 @@ def stage_one(config: Config) -> Config:
 def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:
     """Model and processor as a folder, whole or not there; weights in the source folder's dtype, so that frozen ones
     stay what they were, the projector in float32."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     loaded.model.to(AutoConfig.from_pretrained(source).dtype or torch.float32)
     if loaded.parts.projector is not None:
         loaded.model.get_submodule(loaded.parts.projector).float()
-    loaded.model.save_pretrained(temporary)
-    loaded.processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its record was written
+    with whole_folder(folder) as draft:
+        loaded.model.save_pretrained(draft)
+        loaded.processor.save_pretrained(draft)
 
 
 def _train(study: Study, seed: int, folder: Path, started: float) -> tuple[LoadedModel, TrialRecord]:

@@ -38,9 +38,8 @@ class Source:
 
     def base(self) -> LoadedModel:
         """The model without the adapter, in float32 on the device, with the parts that the schedule knows."""
-        loaded = load_model(
-            self.model, "cpu", self.decoder_pattern
-        )  # float32 there on every machine; the comparison needs it
+        # The CPU first: weights are float32 there on every machine, which the comparison needs.
+        loaded = load_model(self.model, "cpu", self.decoder_pattern)
         model: PreTrainedModel = loaded.model.float().to(self.device)
         return replace(loaded, model=model, parts=self.parts(model))
 
