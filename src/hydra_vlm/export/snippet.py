@@ -11,20 +11,14 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from hydra_vlm.export.comparison import require_modules, strictly
 from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.source import Source
 from hydra_vlm.files import read_json, write_json, write_text
 from hydra_vlm.lora import lora_config
-from hydra_vlm.models.loading import resolve_model
+from hydra_vlm.models.loading import model_class, resolve_model
 
 LORA_CONFIG, AXOLOTL = "lora_config.json", "axolotl.yaml"
 
@@ -81,10 +75,8 @@ def from_axolotl(keys: dict[str, Any]) -> dict[str, Any]:
 def bare_model(source: Source) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     config = AutoConfig.from_pretrained(resolve_model(source.model))
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     with torch.device("meta"):
-        model: PreTrainedModel = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
-    return model
+        return model_class(config)(config)
 
 
 def _check(source: Source, keywords: dict[str, Any], file: str) -> None:

@@ -89,7 +89,7 @@ def load_model(
     dtype = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     # The CPU kernels of fused attention lose to plain matrix products in the backward pass at bfloat16.
     attention = "eager" if place.type == "cpu" else "sdpa"
-    model = _model_class(config).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = model_class(config).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     model = model.to(place).eval().requires_grad_(False)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
 
@@ -101,8 +101,12 @@ def _configuration(folder: Path) -> PreTrainedConfig:
         raise ConfigError(f"model {folder}: {problem}") from None
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """transformers' class for image and text in, text out; where it has none, the one for text alone."""
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class for image and text in, text out; where it has none, the one for text alone.
+
+    Raises:
+        ConfigError: it has neither.
+    """
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         if type(config) in mapping:
             found: type[PreTrainedModel] = mapping[type(config)]
