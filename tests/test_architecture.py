@@ -46,7 +46,8 @@ MAY_IMPORT = {
         "schedule",
     ),
     "evaluation": ("benchmarks", "data", "errors", "files", "lora", "models", "run_folder"),
-    "tune": None,  # the top of the library
+    "trials": None,  # the top of the library
+    "tune": None,
     "pretrain": None,
     "cli": None,
 }

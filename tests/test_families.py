@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from families import FAMILIES, LAYERS, Family
+from hydra_vlm import trials
 from hydra_vlm import tune as job
 from hydra_vlm.benchmarks.generation import Answering, answer, image_blocks
 from hydra_vlm.benchmarks.images import once_per_image
@@ -43,7 +44,7 @@ class Trained:
     """A family's run: how it was trained and what came out."""
 
     family: Family
-    study: job.Study
+    study: trials.Study
     loaded: LoadedModel
     done: Finetuned
     folder: Path
@@ -110,12 +111,12 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "device=cpu",
         ],
     )
-    study = job.prepare_study(config, home / "run", quiet)
-    schedule = job.allocate_all(study, job.measure_profile(study, quiet))["coarse"]
+    study = trials.prepare_study(config, home / "run", quiet)
+    schedule = job.allocate_all(study, trials.measure_profile(study, quiet))["coarse"]
     loaded = study.fresh_model()
     model = prepare(loaded, schedule, config.training, seed=0)
     done = finetune(model, loaded, study.data, config.training, 0, home / "checkpoints")
-    job.keep_weights(loaded, done.model, schedule, home)
+    trials.keep_weights(loaded, done.model, schedule, home)
     return Trained(family, study, loaded, done, home)
 
 
@@ -135,7 +136,7 @@ def test_the_graph_is_the_decoders(trained: Trained) -> None:
 
 def test_the_tower_is_untouched(trained: Trained) -> None:
     parts = trained.loaded.parts
-    schedule = job.allocate_all(trained.study, job.measure_profile(trained.study, quiet))["coarse"]
+    schedule = job.allocate_all(trained.study, trials.measure_profile(trained.study, quiet))["coarse"]
     loaded = trained.fresh()
     model = prepare(loaded, schedule, trained.study.config.training, seed=0)
     model(**trained.batch()).loss.backward()
@@ -295,7 +296,7 @@ def test_chat_answers_with_the_adapter(trained: Trained) -> None:
 def test_a_bfloat16_model_trains_its_projector_in_float32(trained: Trained) -> None:
     loaded = trained.fresh()
     loaded.model.to(torch.bfloat16)
-    schedule = job.allocate_all(trained.study, job.measure_profile(trained.study, quiet))["coarse"]
+    schedule = job.allocate_all(trained.study, trials.measure_profile(trained.study, quiet))["coarse"]
     model = prepare(loaded, schedule, trained.study.config.training, seed=0)
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in trained.batch().items()}
     model(**batch).loss.backward()
@@ -306,7 +307,7 @@ def test_a_bfloat16_model_trains_its_projector_in_float32(trained: Trained) -> N
 
 def test_a_whole_trial_is_scored_and_its_model_stored(trained: Trained) -> None:
     """The rest of the job: a trial from start to score, and the processor stored with a fully trained model."""
-    record = job.run_trial(trained.study, "full", None, 0, quiet)
+    record = trials.run_trial(trained.study, "full", None, 0, quiet)
     assert record.scores[0].n == len(trained.study.tasks[0].examples)
     again = load_model(str(trained.study.folder.trial("full-seed0") / "model"), "cpu")
     assert type(again.processor) is type(trained.loaded.processor)

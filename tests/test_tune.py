@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from hydra_vlm import trials
 from hydra_vlm import tune as job
 from hydra_vlm.errors import BudgetError, ConfigError, DataError, GraphMismatchError, RunFolderError, StageError
 from hydra_vlm.files import read_json, write_json
@@ -89,7 +90,7 @@ def test_the_adapter_is_plain_peft_and_gives_the_trained_model(finished: Path, t
 
 def test_a_finished_run_is_not_repeated(finished: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = outcome(finished / "run")
-    monkeypatch.setattr(job, "finetune", None)
+    monkeypatch.setattr(trials, "finetune", None)
     job.tune(toy_config(tiny_model, finished / "toy", SPLIT_UP), finished / "run", quiet)
     assert outcome(finished / "run") == before
 
@@ -165,14 +166,14 @@ def test_a_profile_of_another_model_is_refused(finished: Path, toy_data: Path, t
 
     deeper = save_tiny_model(tmp_path / "deeper", layers=5)
     config = toy_config(deeper, toy_data)
-    study = job.prepare_study(config, tmp_path / "run", quiet)
+    study = trials.prepare_study(config, tmp_path / "run", quiet)
     write_json(study.folder.profile, read_json(finished / "run/profile.json"))
     with pytest.raises(GraphMismatchError):
-        job.measure_profile(study, quiet)
+        trials.measure_profile(study, quiet)
 
 
 def test_schedules_come_from_files_too(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
-    study = job.prepare_study(toy_config(tiny_model, finished / "toy"), tmp_path / "run", quiet)
+    study = trials.prepare_study(toy_config(tiny_model, finished / "toy"), tmp_path / "run", quiet)
     by_hand = read_json(finished / "run/schedules/uniform.json")
     by_hand["name"] = "mine"
     path = tmp_path / "mine.json"
@@ -181,6 +182,6 @@ def test_schedules_come_from_files_too(finished: Path, tiny_model: Path, tmp_pat
     assert name == "mine"
     assert schedule is not None
     assert job.schedule_for(study, "full", quiet) == ("full", None)
-    done = job.run_trial(study, name, schedule, 0, quiet)
+    done = trials.run_trial(study, name, schedule, 0, quiet)
     same = record(finished / "run", "uniform-seed0")
     assert (done.train_losses, done.validation_loss) == (same.train_losses, same.validation_loss)

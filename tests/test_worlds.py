@@ -16,10 +16,10 @@ from PIL import Image
 
 from hydra_vlm.benchmarks.protocol import Prediction
 from hydra_vlm.benchmarks.suite import SIX, Task, average, load_tasks, score_task
-from hydra_vlm.data import builtin
+from hydra_vlm.data import builtin, worlds
 from hydra_vlm.data.records import check_images, read_records
 from hydra_vlm.data.scenes import NUMBER_WORDS, SHAPES, Scene, SceneObject
-from hydra_vlm.data.worlds import Drawn, Sizes, draw_all, mix, write_benchmarks, write_worlds
+from hydra_vlm.data.worlds import Drawn, Sizes, draw_all, mix, nicknames, write_benchmarks, write_worlds
 from hydra_vlm.data.worlds.mme import CATEGORIES
 from hydra_vlm.data.worlds.pictures import Gallery, Question, Sheet, shared_out
 from hydra_vlm.data.worlds.pope import POPULAR
@@ -442,3 +442,68 @@ def test_scattered_things_stay_apart_and_inside(drawn: dict[str, Drawn]) -> None
             assert all(
                 a is b or (a.x - b.x) ** 2 + (a.y - b.y) ** 2 >= (a.radius + b.radius) ** 2 for b in scene.objects
             )
+
+
+# Nicknames in the same six forms
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nicknames") / "suite"
+    write_worlds(folder, 0, SMALL, sheets=nicknames.SHEETS)
+    return folder
+
+
+def test_every_nickname_is_one_things_alone_and_names_no_part_of_it() -> None:
+    known = nicknames.nicknames()
+    assert len(known) == len(set(known.values())) == 28
+    assert all(word not in thing for thing, word in known.items())
+    assert known == nicknames.NICKNAMES != nicknames.nicknames(1)
+
+
+def test_answers_about_nicknames_are_right() -> None:
+    known = nicknames.NICKNAMES
+    pictures = {"mme": 10, "textvqa": 100, "gqa": 60, "sqa": 100}
+    sheets = draw_all("7", {**pictures, "pope": 1, "mmbench": 1}, Gallery(), nicknames.SHEETS)
+    for scene, question in questions(sheets["mme"] + sheets["textvqa"]):
+        assert scene is not None
+        (thing,) = scene.objects
+        right = known[thing.colour, thing.kind]
+        if question.text == "what is its nickname?":
+            assert question.answer == right
+        else:
+            assert (question.text == f"is its nickname {right}?") == (question.answer == "yes")
+    for scene, question in questions(sheets["sqa"]):
+        (asked,) = re.fullmatch(r"which has nickname (\w+)\?", question.text).groups()  # type: ignore[union-attr]
+        meant = [option for option in question.options if known[tuple(option.split())] == asked]  # type: ignore[index]
+        assert meant == [question.answer]
+        assert scene is None or scene.objects[0].noun == question.answer
+    for scene, question in questions(sheets["gqa"]):
+        assert scene is not None
+        if "of the thing" in question.text:
+            continue  # told by its place
+        words = question.text.rstrip("?").partition("of the ")[2].split()
+        colour, kind = words[:2] if question.kind == "query" and len(words) == 2 else ("", words[0])
+        (thing,) = (t for t in scene.objects if t.kind == kind and colour in ("", t.colour))
+        right = known[thing.colour, thing.kind]
+        said = "yes" if words[-1] == right else "no"
+        assert question.answer == (said if question.kind == "verify" else right)
+        assert question.kind != "choose" or right in (words[1], words[3])
+
+
+def test_the_six_of_nicknames_load_and_score(named: Path, tmp_path: Path) -> None:
+    tasks = load_tasks(named / "benchmarks", (), tmp_path)
+    assert {task.name for task in tasks} == set(SIX)
+    right = {t.name: [Prediction(e.id, "", Counter(e.answers).most_common(1)[0][0]) for e in t.examples] for t in tasks}
+    assert average([score_task(task, right[task.name])[0] for task in tasks]) == pytest.approx(100)
+    train = read_records(named / "train.json", named / "images")
+    check_images(named / "train.json", train)
+    assert Counter(r.task.split(":")[0] for r in train)["textvqa"] == SMALL.train["textvqa"]
+
+
+def test_built_in_nicknames_come_with_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "NICKNAMES", SMALL)
+    files = builtin.write_builtin("nicknames", tmp_path)
+    assert files.benchmarks is not None
+    assert read_records(files.train, files.images)
+    assert {task.name for task in load_tasks(files.benchmarks, (), tmp_path / "scratch")} == set(SIX)

@@ -18,7 +18,7 @@ from hydra_vlm.config import load_config, split_overrides
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
-from hydra_vlm.tune import Study, measure_profile, prepare_study, run_trial
+from hydra_vlm.trials import Study, measure_profile, prepare_study, run_trial
 
 SEEDS = (0, 1, 2)
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -157,7 +157,7 @@ def profile(
 ) -> None:
     """Measure gradient norms in a short LoRA run."""
     settings = _config(config, context.args)
-    from hydra_vlm.tune import measure_profile, prepare_study
+    from hydra_vlm.trials import measure_profile, prepare_study
 
     study = prepare_study(settings, out, _say)
     measured = measure_profile(study, _say)
@@ -178,7 +178,8 @@ def train(
 ) -> None:
     """Fine-tune with one schedule; keep adapter, answers, scores."""
     settings = _config(config, context.args)
-    from hydra_vlm.tune import prepare_study, run_trial, schedule_for
+    from hydra_vlm.trials import prepare_study, run_trial
+    from hydra_vlm.tune import schedule_for
 
     study = prepare_study(settings, out, _say)
     name, ranks = schedule_for(study, schedule, _say)

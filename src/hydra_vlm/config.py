@@ -28,8 +28,8 @@ class DataConfig(_Section):
 
     train: str = Field(
         "demo",
-        description="`demo`, `easy-vqa`, `worlds`, for stage I `captions`, `easy-vqa-captions`, `scene-captions`, or a "
-        "LLaVA-format JSON file",
+        description="`demo`, `easy-vqa`, `worlds`, `nicknames`, for stage I `captions`, `easy-vqa-captions`, "
+        "`scene-captions`, or a LLaVA-format JSON file",
     )
     validation: Path | None = Field(None, description="a file like `train`, for the validation loss")
     tests: dict[str, Path] = Field({}, description="name: a file like `train`, for the short-answer accuracy")
@@ -94,14 +94,19 @@ class TrainingConfig(_Section):
     projector_learning_rate: float | None = Field(None, gt=0, description="default: the learning rate")
     batch_size: int = Field(32, gt=0, description="global batch: per-device batch x accumulation x devices")
     device_batch_size: int | None = Field(None, gt=0, description="what fits on one device (default: the global batch)")
+    group_by_length: bool = Field(False, description="batches of records of about the same length: less padding")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     save_steps: int = Field(50, gt=0)
+    watch_steps: int = Field(30, gt=0, description="steps between validation losses, where a search prunes by them")
     cache_gigabytes: float = Field(
         2.0, ge=0, description="keep tower features in memory if they take no more than this"
+    )
+    disk_cache_gigabytes: float = Field(
+        8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
 
 

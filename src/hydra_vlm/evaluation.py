@@ -20,7 +20,8 @@ from hydra_vlm.benchmarks.generation import Answering, answer, cutting
 from hydra_vlm.benchmarks.protocol import Prediction, Rule, Score
 from hydra_vlm.benchmarks.rescoring import finish, read_predictions, write_examples
 from hydra_vlm.benchmarks.suite import Task, open_tasks, published
-from hydra_vlm.data.features import Features, encode_once, feature_bytes
+from hydra_vlm.data.feature_store import FeatureStore, StoredFeatures, read_rows
+from hydra_vlm.data.features import Features, encode_into, encode_once, feature_bytes
 from hydra_vlm.data.readers import Reader, SplicingReader, open_reader
 from hydra_vlm.data.templates import AUTO, require_template
 from hydra_vlm.errors import ConfigError, RunFolderError
@@ -151,21 +152,34 @@ def answer_tasks(model: Any, reader: Reader, tasks: Sequence[Task], folder: Path
 
 
 def tower_features(
-    loaded: LoadedModel, reader: Reader, images: set[str], tasks: Sequence[Task], gigabytes: float, say: Say = print
+    loaded: LoadedModel,
+    reader: Reader,
+    images: set[str],
+    tasks: Sequence[Task],
+    gigabytes: float,
+    say: Say = print,
+    store: FeatureStore | None = None,
 ) -> Features:
-    """`images` and the tasks' images through a frozen tower, once, if all features fit into memory; else nothing."""
+    """`images` and the tasks' images through a frozen tower, once: into memory where `gigabytes` hold all features,
+    else onto the disk where `store` holds them, else nothing."""
     if not isinstance(reader, SplicingReader) or TOWER in loaded.parts.graph.part_layers:
         return {}
     padded = images.union(*(task.images for task in tasks if task.benchmark.pads))
     cut = set().union(*(task.images for task in tasks if not task.benchmark.pads))
-    if not 0 < feature_bytes(loaded.model, len(padded) + len(cut)) <= gigabytes * 1e9:
+    size = feature_bytes(loaded.model, len(padded) + len(cut)) / 1e9
+    if store is not None and size > store.gigabytes:
+        store = None
+    if not size or (size > gigabytes and store is None):
         return {}
     say(f"features: {len(padded) + len(cut):,} images through the frozen tower, once")
-    features: Features = {}
-    for own, paths in ((reader, padded), (cutting(reader), cut)):
-        progress = partial(tqdm, desc="encoding", leave=False)
-        features |= encode_once(loaded.model, own.processor, paths, progress=progress)
-    return features
+    progress = partial(tqdm, desc="encoding", leave=False)
+    halves = [(own.processor, paths) for own, paths in ((reader, padded), (cutting(reader), cut))]
+    if store is None:
+        return dict(pair for half in halves for pair in encode_once(loaded.model, *half, progress=progress).items())
+    places = dict(
+        pair for half in halves for pair in encode_into(store, loaded.model, *half, progress=progress).items()
+    )
+    return read_rows(places) if size <= gigabytes else StoredFeatures(places)
 
 
 def with_features(reader: Reader, features: Features | None) -> Reader:

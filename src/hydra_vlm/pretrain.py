@@ -20,7 +20,7 @@ from hydra_vlm.files import read_json, whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.training.recipe import finetune, prepare_projector
-from hydra_vlm.tune import Say, Study, prepare_study
+from hydra_vlm.trials import Say, Study, prepare_study
 
 NAME = "projector"
 TEMPLATE = "plain"

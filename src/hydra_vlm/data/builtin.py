@@ -1,7 +1,7 @@
 """The built-in data sets as LLaVA-format files.
 
-For stage II `easy-vqa`, `demo`, which adds the catalogue, and `worlds`, which comes with six small benchmarks; for
-stage I `easy-vqa-captions`, `scene-captions`, and `captions`, which mixes both.
+For stage II `easy-vqa`, `demo`, which adds the catalogue, and `worlds` and `nicknames`, which come with six small
+benchmarks; for stage I `easy-vqa-captions`, `scene-captions`, and `captions`, which mixes both.
 
 easy-VQA comes from its PyPI package. Its test split stays the test split; validation records come from the last
 training images, which no training record shares.
@@ -16,13 +16,13 @@ from typing import Any
 from hydra_vlm.data.captions import captions_of, mixed, write_scene_captions
 from hydra_vlm.data.catalogue import write_catalogue
 from hydra_vlm.data.records import write_records
-from hydra_vlm.data.worlds import write_worlds
+from hydra_vlm.data.worlds import write_nicknames, write_worlds
 from hydra_vlm.errors import DataError
 
 QUESTIONS = ("demo", "easy-vqa")
 CAPTIONS = "captions"
-WORLDS = "worlds"
-BUILTIN = (*QUESTIONS, WORLDS, CAPTIONS, "easy-vqa-captions", "scene-captions")
+WORLDS = {"worlds": write_worlds, "nicknames": write_nicknames}
+BUILTIN = (*QUESTIONS, *WORLDS, CAPTIONS, "easy-vqa-captions", "scene-captions")
 VALIDATION_IMAGES = 400
 SCENES = {"train": 1600, "validation": 160}
 CATALOGUE_PICTURES = {"train": 3000, "validation": 300, "test": 500}
@@ -49,8 +49,8 @@ def write_builtin(name: str, folder: Path, seed: int = 0) -> DataFiles:
         DataError: the easy-VQA package is not installed.
     """
     images = folder / "images"
-    if name == WORLDS:
-        write_worlds(folder, seed)
+    if name in WORLDS:
+        WORLDS[name](folder, seed)
         return DataFiles(folder / "train.json", folder / "validation.json", {}, images, folder / "benchmarks")
     splits, tests = _captions(name, images, seed) if "captions" in name else _questions(name, images, seed)
     files = DataFiles(

@@ -1,19 +1,26 @@
-"""Features of a frozen vision tower, computed once per image and kept in memory.
+"""Features of a frozen vision tower, computed once per image and kept: in memory, on disk, or both.
 
 A frozen tower gives the same features at every step, epoch and trial, so a data set that fits is encoded once.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from hydra_vlm.data.feature_store import FeatureStore, Place, fingerprint, image_digest
 from hydra_vlm.errors import DataError
 
-Features = dict[tuple[str, str], Tensor]
+Features = Mapping[tuple[str, str], Tensor]
 """Tower features by image path and squaring (see `feature_key`)."""
+
+BATCH, CPU_BATCH = 64, 8
+"""Images that go through the tower at once; more of them overflow a CPU's caches."""
+
+BLOCK = 512
+"""Images that are written to disk together; a stopped run encodes at most so many again."""
 
 
 def load_image(path: str) -> Image.Image:
@@ -40,22 +47,61 @@ def feature_bytes(model: Any, images: int) -> int:
 
 def encode_once(
     model: Any, processor: Any, paths: Iterable[str], batch: int | None = None, progress: Any = iter
-) -> Features:
+) -> dict[tuple[str, str], Tensor]:
     """Tower features by image and squaring, each [patches, width] on the CPU in the model's dtype.
 
-    `progress` wraps the iterator over batches (tqdm, for instance). `batch` images go through the tower at once
-    (default: 64, and 8 on a CPU, whose caches more of them overflow).
+    `progress` wraps the iterator over batches (tqdm, for instance); `batch` defaults to what suits the device.
     """
-    wanted = sorted(set(paths))
-    tower = next(model.parameters())
-    batch = batch or (8 if tower.device.type == "cpu" else 64)
-    features: Features = {}
-    with torch.no_grad():
-        for chunk in progress([wanted[i : i + batch] for i in range(0, len(wanted), batch)]):
-            pixels = processor.pixels([load_image(path) for path in chunk])
-            encoded = model.encode_images(pixels.to(tower.device, tower.dtype)).cpu()
-            features.update(zip((feature_key(path, processor) for path in chunk), encoded, strict=True))
+    features: dict[tuple[str, str], Tensor] = {}
+    for chunk, encoded in encoded_batches(model, processor, sorted(set(paths)), batch, progress):
+        features.update(zip((feature_key(path, processor) for path in chunk), encoded, strict=True))
     return features
+
+
+def encode_into(
+    store: FeatureStore, model: Any, processor: Any, paths: Iterable[str], progress: Any = iter
+) -> dict[tuple[str, str], Place]:
+    """Where `store` keeps the features of each image, by image and squaring; what it lacks is encoded and added.
+
+    Equal images are encoded once, whatever their names.
+
+    Raises:
+        DataError: the store is too small to hold them all.
+    """
+    digests = {path: image_digest(path) for path in sorted(set(paths))}
+    mark = fingerprint(model, processor)
+    known = store.places(mark)
+    store.use({known[digest][0] for digest in digests.values() if digest in known})
+    names = {path: digest for digest, path in {d: p for p, d in digests.items() if d not in known}.items()}
+    block: list[str] = []
+    parts: list[Tensor] = []
+    for chunk, encoded in encoded_batches(model, processor, list(names), None, progress):
+        block += [names[path] for path in chunk]
+        parts.append(encoded)
+        if len(block) >= BLOCK or chunk[-1] == next(reversed(names)):
+            store.add(mark, block, torch.cat(parts))
+            block, parts = [], []
+    places = store.places(mark)
+    lost = [path for path, digest in digests.items() if digest not in places]
+    if lost:
+        raise DataError(
+            f"{store.folder} holds {store.gigabytes} GB, too little for the features of {len(digests):,} images "
+            f"({lost[0]} had to go): raise training.disk_cache_gigabytes, or set it to 0"
+        )
+    return {feature_key(path, processor): places[digest] for path, digest in digests.items()}
+
+
+def encoded_batches(
+    model: Any, processor: Any, paths: Sequence[str], batch: int | None, progress: Any
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Batches of images and their features [batch, patches, width] on the CPU."""
+    tower = next(model.parameters())
+    batch = batch or (CPU_BATCH if tower.device.type == "cpu" else BATCH)
+    for chunk in progress([list(paths[i : i + batch]) for i in range(0, len(paths), batch)]):
+        pixels = processor.pixels([load_image(path) for path in chunk])
+        with torch.no_grad():
+            encoded = model.encode_images(pixels.to(tower.device, tower.dtype)).cpu()
+        yield chunk, encoded
 
 
 def feature_key(path: str, processor: Any) -> tuple[str, str]:

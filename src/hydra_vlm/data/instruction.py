@@ -28,6 +28,11 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                     "shorten it or raise data.max_length (at most the model's max_position_embeddings)"
                 )
 
+    @property
+    def lengths(self) -> list[int]:
+        """Each record's tokens, image tokens counted."""
+        return [item["length"] for item in self.items]
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -3,11 +3,13 @@
 Stage I is the same run with nothing but the projector opened.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -18,12 +20,12 @@ from hydra_vlm.config import TrainingConfig
 from hydra_vlm.data.instruction import InstructionDataset
 from hydra_vlm.data.readers import Reader
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.lora import attach
+from hydra_vlm.lora import attach, detach
 from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
-from hydra_vlm.training.progress import LossProgress
+from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
 FULL = "full"  # the name of the baseline that trains the whole decoder
@@ -60,6 +62,26 @@ def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: Traini
     if parts.projector is not None and (schedule is None or trains_projector(parts)):
         train_in_float32(loaded.model.get_submodule(parts.projector))
     return model
+
+
+@contextmanager
+def adapting(loaded: LoadedModel, schedule: RankSchedule, settings: TrainingConfig, seed: int) -> Iterator[PeftModel]:
+    """The model with the schedule's adapter, open for training, while the block lasts.
+
+    Then it is what it was, to the bit: without the adapter, its own projector in place, frozen, in evaluation mode.
+    """
+    model, parts = loaded.model, loaded.parts
+    projector = copy.deepcopy(model.get_submodule(parts.projector)) if parts.projector is not None else None
+    opened: PeftModel | None = None
+    try:
+        opened = cast(PeftModel, prepare(loaded, schedule, settings, seed))
+        yield opened
+    finally:
+        if opened is not None:
+            detach(opened)
+        if projector is not None and parts.projector is not None:
+            model.set_submodule(parts.projector, projector)
+        model.requires_grad_(False).eval()
 
 
 def trains_projector(parts: ModelParts) -> bool:
@@ -103,20 +125,24 @@ def finetune(
     seed: int,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    watch: Watch | None = None,
 ) -> Finetuned:
     """Train what `prepare` opened; a run that was stopped goes on from its last whole checkpoint in `folder`.
 
-    The data order follows from `seed` alone, so schedules are compared on the same batches.
+    The data order follows from `seed` alone, so schedules are compared on the same batches. `watch` is told step and
+    validation loss at `settings.watch_steps`; training goes on as it would without.
     """
+    watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
     trainer = VLMTrainer(
         model=model,
         parts=loaded.parts,
         projector_learning_rate=settings.projector_learning_rate,
-        args=training_arguments(settings, seed, folder, loaded.model.device),
+        lengths=data.train.lengths if settings.group_by_length else None,
+        args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=data.reader.batch,
-        callbacks=[*callbacks, LossProgress()],
+        callbacks=[*callbacks, *watched, LossProgress()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
@@ -129,7 +155,9 @@ def finetune(
     )
 
 
-def training_arguments(settings: TrainingConfig, seed: int, folder: Path, device: torch.device) -> TrainingArguments:
+def training_arguments(
+    settings: TrainingConfig, seed: int, folder: Path, device: torch.device, watched: bool = False
+) -> TrainingArguments:
     """The recipe in transformers' words; the global batch holds whatever the number of devices."""
     on_one, accumulation = split_batch(settings, _devices())
     steps = settings.steps or -1
@@ -152,6 +180,8 @@ def training_arguments(settings: TrainingConfig, seed: int, folder: Path, device
         logging_steps=max(1, (settings.steps or 1000) // 40),
         save_steps=settings.save_steps,
         save_total_limit=2,
+        eval_strategy="steps" if watched else "no",
+        eval_steps=settings.watch_steps,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
