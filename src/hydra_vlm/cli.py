@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +47,16 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16"],
     typer.Option(help="Of the weights. auto: bfloat16 on a CUDA device that computes in it, else float32."),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="HYDRA_VLM_STORAGE",
+        help="postgresql+psycopg://user:password@host/database, for workers on several machines (default: a file in "
+        "the run folder).",
+        show_default=False,
+        show_envvar=True,
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the adapter's start and of the data order.")]
 
@@ -321,6 +333,85 @@ def tune(
     _report(run(settings, out, _say).path, as_json)
 
 
+@app.command(context_settings=_OVERRIDABLE)
+def search(
+    context: typer.Context,
+    config: ConfigArgument = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(help="Finished trials, uniform LoRA among them (search.trials, 16).", show_default=False),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="Who proposes: phi (a performance model), tpe, gp, random, evolution (search.sampler, phi).",
+            show_default=False,
+        ),
+    ] = None,
+    storage: StorageOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Start so many worker processes here (default: this process).", show_default=False),
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Start one worker on each of these cards, such as 0,1.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run folder; an unfinished search in it goes on.")] = Path(
+        "runs/search"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Search for the best schedule under the budget.
+
+    Fine-tunes some schedules, learns from them which others may be better, tries those, and in the end trains the best
+    one and uniform LoRA with several seeds: the table says whether the difference is larger than the noise. Further
+    workers may join at any time (`hydra-vlm worker`). Started again after it was stopped or killed, the same command
+    goes on; with more --trials, so does a finished search.
+    """
+    asked = {"search.trials": trials, "search.sampler": sampler}
+    settings = _config(
+        config, [*context.args, *(f"{key}={value}" for key, value in asked.items() if value is not None)]
+    )
+    from hydra_vlm.commands.search import asked_workers, run_workers
+    from hydra_vlm.findings import conclude
+    from hydra_vlm.search_request import check_search
+
+    cards = asked_workers(workers, gpus)
+    check_search(settings, storage or settings.search.storage)
+
+    with _leaving(out):
+        if cards:
+            run_workers(settings, out, cards, storage, _say)
+        else:
+            from hydra_vlm.dynamic import search as run
+
+            run(settings, out, storage, _say)
+    found = conclude(settings, out, storage)
+    print(json.dumps(found.to_json()) if as_json else found.table())
+    _say(f"all trials: {out / 'search.json'}; the best schedule and an adapter of it: {out / 'best'}")
+
+
+@app.command()
+def worker(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of a search.")],
+    storage: StorageOption = None,
+) -> None:
+    """Work in a search that was started elsewhere.
+
+    On as many processes and machines as one likes. All see the run folder, on a shared disk; those of several machines
+    keep their study in PostgreSQL (`search --storage`). A worker may be killed at any time: another one takes its trial
+    up where it stopped.
+    """
+    from hydra_vlm.search.study import require_study
+
+    require_study(run)
+    _quiet_transformers()
+    from hydra_vlm.dynamic import join
+
+    with _leaving(run):
+        join(run, storage, _say)
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="`embedded`, or the folder of a saved model.")],
@@ -423,6 +514,16 @@ def convert(
 
     done = run(source, target, to, vision=vision, projector=projector, base=base)
     print(json.dumps(done.to_json()) if as_json else done.summary())
+
+
+@contextmanager
+def _leaving(out: Path) -> Iterator[None]:
+    """Ctrl-C in a search: one line in place of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(f"stopped; the same command goes on with what is in {out}")
+        raise typer.Exit(130) from None
 
 
 def _report(run: Path, as_json: bool) -> None:

@@ -119,6 +119,40 @@ class EvaluationConfig(_Section):
     zero_shot: bool = Field(True, description="score the model as it came, too")
 
 
+class SearchConfig(_Section):
+    """`hydra-vlm search`: which schedules may be tried, who proposes them, and how the search ends."""
+
+    trials: int = Field(16, ge=1, description="finished trials, uniform LoRA among them; a later search may ask more")
+    sampler: str = Field("phi", description="phi (a performance model proposes), tpe, gp, random, evolution")
+    model: str = Field(
+        "transformer-ensemble",
+        description="of phi: transformer, transformer-ensemble, mlp, random-forest, lightgbm, ridge, gaussian-process",
+    )
+    objective: str = Field(
+        "relative",
+        description="relative (mean of scores over uniform LoRA's), loss, a benchmark's name, weights such as "
+        "gqa=2,pope=1, or pareto:gqa,pope",
+    )
+    open: bool = Field(False, description="beyond the paper: a rank for every projection, 0 meaning not adapted")
+    tuned: bool = Field(False, description="search the learning rate and the scale as well, a fourth to four times")
+    n_stages: tuple[int, int] | None = Field(None, description="fewest and most stages (null: as the profile allows)")
+    deltas: tuple[int, int] | None = Field(None, description="least and greatest Δd (null: 1 to an eighth of the rank)")
+    startup: int = Field(8, ge=0, description="trials that fill the space before a model proposes")
+    seed: int = Field(0, description="of the proposals")
+    trial_seed: int = Field(0, description="of every trial's training")
+    final_seeds: tuple[int, ...] = Field(
+        (101, 102, 103, 104, 105), description="seeds with which the best schedule and uniform LoRA are trained again"
+    )
+    pruner: Literal["none", "median", "hyperband"] = Field(
+        "none", description="ends hopeless trials by their validation loss, every training.watch_steps"
+    )
+    grace_seconds: float = Field(60.0, gt=0, description="a worker that is silent for so long is taken for dead")
+    storage: str | None = Field(
+        None,
+        description="postgresql+psycopg://user@host/database for several machines (null: a file in the run folder)",
+    )
+
+
 class Config(_Section):
     """A whole run: `hydra-vlm tune` reads all of it, the other commands the parts that they need."""
 
@@ -140,6 +174,7 @@ class Config(_Section):
     scaling: ScalingConfig = ScalingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig = SearchConfig()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; auto: bfloat16 on a CUDA device that computes in it, else float32"

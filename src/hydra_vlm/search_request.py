@@ -1,0 +1,48 @@
+"""What is asked of a search: checked before a model is loaded, and what of it may change later. No torch."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+
+from hydra_vlm.config import Config, flatten
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.files import write_text
+from hydra_vlm.performance_model.protocol import PERFORMANCE_MODELS
+from hydra_vlm.search.objective import Objective
+from hydra_vlm.search.samplers import SAMPLERS
+from hydra_vlm.search.study import check_storage, masked, study_exists
+
+FREE = ("search.trials", "search.storage", "search.grace_seconds", "search.final_seeds")
+"""Keys that may change when a search goes on."""
+
+
+def check_search(config: Config, url: str | None = None) -> None:
+    """Raise ConfigError for anything in the section `search` that no run could put right, before a model is loaded."""
+    wish = config.search
+    for what, value, known in (("sampler", wish.sampler, SAMPLERS), ("model", wish.model, tuple(PERFORMANCE_MODELS))):
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1, 0.0)[0]
+            raise ConfigError(f"search.{what} {value!r} does not exist: did you mean {near!r}? ({', '.join(known)})")
+    objective = Objective.parse(wish.objective)
+    if wish.pruner != "none" and objective.n_values > 1:
+        raise ConfigError(f"search.pruner {wish.pruner} needs one value, and objective {wish.objective} has several")
+    if url:
+        check_storage(url)
+
+
+def go_on(config: Config, out: Path) -> None:
+    """Let a search that is in the folder go on with more trials or another storage, which alone may change."""
+    stored = out / "config.yaml"
+    if stored.is_file() and study_exists(out):
+        before = flatten(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
+        now = flatten(config.model_dump(mode="json"))
+        changed = [key for key in before | now if before.get(key) != now.get(key)]
+        if changed and set(changed) <= set(FREE):
+            write_text(stored, without_password(config, config.search.storage).to_yaml())
+
+
+def without_password(config: Config, url: str | None) -> Config:
+    """The configuration with this storage, as it may be written to a file."""
+    kept = config.search.model_copy(update={"storage": masked(url) if url else None})
+    return config.model_copy(update={"search": kept})
