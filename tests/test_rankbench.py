@@ -30,7 +30,7 @@ from hydra_vlm.rankbench.plan import FIRST, UNIFORM_SEEDS, plan, runs
 from hydra_vlm.rankbench.samplers import Contest, contest, report
 from hydra_vlm.rankbench.spread import Effects, effects, gain, paired
 from hydra_vlm.rankbench.spread import report as spread_report
-from hydra_vlm.rankbench.table import RankBench, Row, half, load
+from hydra_vlm.rankbench.table import PACKAGED, RankBench, Row, half, load
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.search.membership import adopt
 from hydra_vlm.search.phi import PhiSettings
@@ -408,3 +408,28 @@ def test_draws_do_not_move_the_global_generator() -> None:
     random.seed(5)
     plan(GRAPH, BUDGET, PROFILE, n=45)
     assert random.random() == expected
+
+
+# The packaged table
+
+
+def test_the_packaged_table_is_small_whole_and_of_one_budget() -> None:
+    bench = load()
+    assert sum(path.stat().st_size for path in PACKAGED.iterdir()) <= 3_000_000
+    assert bench.entries[0].origin == "uniform"
+    assert {"closed", "open"} == {entry.space for entry in bench.finished}
+    ranks = [entry.ranks for entry in bench.finished]
+    assert len(set(ranks)) == len(ranks) >= 64
+    costs = [sum(rank * cost for rank, cost in zip(one, bench.graph.costs, strict=True)) for one in ranks]
+    assert max(costs) <= bench.budget.parameters
+    assert min(costs) > 0.9 * bench.budget.parameters
+    assert sum(len(rows) > 1 for rows in bench.runs.values()) >= 16
+    assert all(0 <= score <= 100 for row in bench.rows for score in row.scores)
+    text = "".join(path.read_text(encoding="utf-8") for path in PACKAGED.iterdir())
+    assert '"/' not in text  # no path of the machine that made it
+
+
+def test_the_packaged_table_is_the_plans() -> None:
+    bench = load()
+    planned = {entry.id: entry.ranks for entry in plan(bench.graph, bench.budget, bench.profile, n=len(bench.entries))}
+    assert all(planned[entry.id] == entry.ranks for entry in bench.entries)
