@@ -13,6 +13,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from build_rankbench import TRIAL
 from hydra_vlm.allocation import AllocationRequest, allocate
 from hydra_vlm.config import load_config
 from hydra_vlm.files import read_json
@@ -27,16 +28,7 @@ from hydra_vlm.trials import Study, measure_profile, prepare_study, resolve_budg
 RULES = ("constant", "rslora")
 DELTAS = (1, 2, 4, 6)
 HALF = "upper half by norm only"
-SETTINGS = (
-    "data.train=nicknames",
-    "training.steps=90",
-    "training.batch_size=24",
-    "training.learning_rate=3e-3",
-    "training.group_by_length=true",
-    "profile.steps=20",
-    "evaluation.limit=null",
-    "budget.rank=8",
-)
+SETTINGS = (*TRIAL, "budget.rank=8")
 
 
 def main() -> None:
