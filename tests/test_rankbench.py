@@ -23,17 +23,18 @@ from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.rankbench.__main__ import app
 from hydra_vlm.rankbench.collect import collect
 from hydra_vlm.rankbench.entry import Entry, closed_space, open_space
-from hydra_vlm.rankbench.ground import surrogate_ground, table_ground
+from hydra_vlm.rankbench.ground import TableGround, surrogate_ground, table_ground
 from hydra_vlm.rankbench.models import compare_models, measured, noise_floor
 from hydra_vlm.rankbench.models import report as models_report
 from hydra_vlm.rankbench.plan import FIRST, UNIFORM_SEEDS, plan, runs
 from hydra_vlm.rankbench.samplers import Contest, contest, report
+from hydra_vlm.rankbench.searches import begin
 from hydra_vlm.rankbench.spread import Effects, effects, gain, paired
 from hydra_vlm.rankbench.spread import report as spread_report
 from hydra_vlm.rankbench.table import PACKAGED, RankBench, Row, half, load
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.search.membership import adopt
-from hydra_vlm.search.phi import PhiSettings
+from hydra_vlm.search.phi import PhiSettings, starters
 from hydra_vlm.search.samplers import SAMPLERS
 
 GRAPH = llama_graph("small", 4, 16, 44)
@@ -317,17 +318,39 @@ def test_every_search_sees_each_schedule_once_and_uniform_first() -> None:
 
 
 def test_a_searcher_is_never_given_a_schedule_twice() -> None:
-    from hydra_vlm.rankbench.searches import begin
-
     ground = table_ground(NOISY, "closed")
     for name in SAMPLERS:
-        search, seen = begin(name, ground, 3, CHEAP), []
-        at = next(search)
-        for _ in range(11):
-            seen.append(at)
-            at = search.send(ground.observe(at, 0))
+        seen = _first(name, ground, 11)
         assert seen[0] == 0
         assert len(set(seen)) == len(seen), name
+
+
+def test_phi_begins_with_those_of_hydras_schedules_that_the_table_holds() -> None:
+    ground = table_ground(NOISY, "closed")
+    ranks = [one.schedule.ranks for one in ground.candidates]
+    own = [ranks.index(one.schedule.ranks) for one in starters(ground.space) if one.schedule.ranks in ranks]
+    assert len(own) > 1
+    assert _first("phi", ground, len(own)) == own
+
+
+def _first(name: str, ground: TableGround, n: int) -> list[int]:
+    search, seen = begin(name, ground, 3, CHEAP), []
+    at = next(search)
+    for _ in range(n):
+        seen.append(at)
+        at = search.send(ground.observe(at, 0))
+    return seen
+
+
+def test_a_search_by_loss_is_judged_by_loss() -> None:
+    table, model = table_ground(NOISY, goal="loss"), surrogate_ground(NOISY, goal="loss", part="development")
+    best = int(table.worth.argmax())
+    losses = [np.mean([run.loss for run in runs]) for runs in table.runs]
+    assert np.corrcoef(table.worth, losses)[0, 1] < -0.9
+    assert table.regret(best) == 0
+    assert model.best >= model.worth(list(table.candidates[:20])).max() - 1e-9
+    courses = contest(table, Contest(("random",), 2, 8))
+    assert all(0 <= regret <= np.ptp(table.worth) for course in courses for regret in course.observed)
 
 
 def test_phi_beats_random_where_there_is_something_to_learn() -> None:
@@ -377,6 +400,8 @@ def test_commands_print_markdown(tmp_path: Path) -> None:
         (["datasheet"], "72 of 72 planned"),
         (["spread", "--part", "held-out"], "| objective |"),
         (["models", "--models", "ridge,mean", "--folds", "4", "--no-curve"], "no model gets below"),
+        (["models", "--models", "ridge", "--folds", "4", "--no-curve", "--target", "loss"], "target loss"),
+        (["samplers", *quick, "--objective", "loss"], "objective loss"),
         (["samplers", *quick, "--out", str(tmp_path / "courses.json")], "| phi |"),
     ):
         found = run.invoke(app, [*words, "--table", str(tmp_path)], catch_exceptions=False)
@@ -419,11 +444,17 @@ def test_the_packaged_table_is_small_whole_and_of_one_budget() -> None:
     assert bench.entries[0].origin == "uniform"
     assert {"closed", "open"} == {entry.space for entry in bench.finished}
     ranks = [entry.ranks for entry in bench.finished]
-    assert len(set(ranks)) == len(ranks) >= 64
-    costs = [sum(rank * cost for rank, cost in zip(one, bench.graph.costs, strict=True)) for one in ranks]
-    assert max(costs) <= bench.budget.parameters
-    assert min(costs) > 0.9 * bench.budget.parameters
-    assert sum(len(rows) > 1 for rows in bench.runs.values()) >= 16
+    assert len(set(ranks)) == len(ranks) >= 128
+    costs = {
+        space: [
+            entry.schedule(bench.graph, bench.budget).parameters for entry in bench.finished if entry.space == space
+        ]
+        for space in ("closed", "open")
+    }
+    assert max(*costs["closed"], *costs["open"]) <= bench.budget.parameters
+    cheapest = min(bench.graph.costs)
+    assert min(costs["open"]) > bench.budget.parameters - cheapest  # no further rank would fit
+    assert sum(len(rows) > 1 for rows in bench.runs.values()) >= 48
     assert all(0 <= score <= 100 for row in bench.rows for score in row.scores)
     text = "".join(path.read_text(encoding="utf-8") for path in PACKAGED.iterdir())
     assert '"/' not in text  # no path of the machine that made it

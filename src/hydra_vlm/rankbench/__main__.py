@@ -34,6 +34,7 @@ def models(
         Literal["ranks", "profile", "early-loss"],
         typer.Option(help="What models see: ranks; gradient norms, too; or losses of the run's first tenth, too."),
     ] = "ranks",
+    target: Annotated[Literal["scores", "loss"], typer.Option(help="What models predict.")] = "scores",
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 10,
     draws: Annotated[int, typer.Option(min=1, help="How often folds are drawn anew.")] = 1,
     curve: Annotated[bool, typer.Option(help="Learning curves, from 8 schedules on.")] = True,
@@ -48,8 +49,8 @@ def models(
     bench = paired(load(table)).part(part)
     plan = Plan(folds, tuple(range(draws)), curve_sizes(bench) if curve else ())
     chosen = known_models() if names == "all" else tuple(name.strip() for name in names.split(","))
-    found = compare_models(bench, chosen, plan, inputs)
-    print(f"part {part}, inputs {inputs}: {report(bench, found)}")
+    found = compare_models(bench, chosen, plan, inputs, target)
+    print(f"part {part}, inputs {inputs}, target {target}: {report(bench, found, target)}")
     _keep(out, found.to_json())
 
 
@@ -61,14 +62,18 @@ def samplers(
     ground: Annotated[
         Literal["table", "surrogate"],
         typer.Option(
-            help="table: pick among its schedules not yet seen. surrogate: propose freely, against a model of the "
-            "whole table (whatever the part) and its noise."
+            help="table: pick among its schedules not yet seen. surrogate: propose freely, against a model of its "
+            "runs and their noise."
         ),
     ] = "table",
     space: Annotated[
         Literal["all", "closed", "open"],
         typer.Option(help="On the table all schedules, or those of one space; of a surrogate, all means open."),
     ] = "all",
+    objective: Annotated[
+        Literal["relative", "loss"],
+        typer.Option(help="relative: the mean of scores over uniform LoRA's. loss: minus the validation loss."),
+    ] = "relative",
     repetitions: Annotated[int, typer.Option(min=1, help="How often each search is repeated.")] = 30,
     trials: Annotated[int, typer.Option(min=2, help="Trials of a search, uniform LoRA's included.")] = 32,
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
@@ -89,11 +94,12 @@ def samplers(
     asked = Contest(chosen, repetitions, trials, seed, _settings(phi or []))
     bench, start = load(table), time.perf_counter()
     if ground == "table":
-        picked = table_ground(bench, space, part)
+        picked = table_ground(bench, space, part, objective)
         said, courses = f"{len(picked.names)} schedules of part {part}", contest(picked, asked, jobs)
     else:
-        said, courses = "surrogate of the whole table", contest(surrogate_ground(bench, space, seed), asked, jobs)
-    print(f"{said}, space {space}: {report(courses, asked)}")
+        modelled = surrogate_ground(bench, space, seed, objective, part)
+        said, courses = f"surrogate of part {part}", contest(modelled, asked, jobs)
+    print(f"{said}, space {space}, objective {objective}: {report(courses, asked)}")
     print(f"\n{time.perf_counter() - start:.0f} s with {jobs} job{'s' * (jobs > 1)}.")
     _keep(out, to_json(courses))
 

@@ -1,15 +1,16 @@
 """The ground that searchers are compared on: the table itself, or a surrogate fitted on it.
 
 On the table a searcher picks among the schedules not yet seen, and sees one run of the schedule. What a schedule is
-worth is its shrunk mean over all its runs (`spread`), in per cent of uniform LoRA's. On the surrogate any schedule of a
-space may be tried: a Gaussian process of the whole table is the truth, and what is seen is that plus the noise of a
-run, drawn from the differences that the table's runs have to their schedule's mean. Both are of paired runs, less what
-a seed does to all schedules alike (`spread.paired`): a search runs all its trials with one seed.
+worth is its shrunk mean over all its runs (`spread`): of the scores, in per cent of uniform LoRA's, or of the
+validation loss, with a minus sign. On the surrogate any schedule of a space may be tried: a Gaussian process of the
+part's runs is the truth, and what is seen is that plus the noise of a run, drawn from the differences that these
+runs have to their schedule's mean. Both are of paired runs, less what a seed does to all schedules alike
+(`spread.paired`): a search runs all its trials with one seed.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,14 +18,17 @@ import numpy as np
 from hydra_vlm.errors import ConfigError, DataError
 from hydra_vlm.performance_model.protocol import Fitted, performance_model
 from hydra_vlm.rankbench.entry import Entry, closed_space, open_space
-from hydra_vlm.rankbench.spread import effects, paired
+from hydra_vlm.rankbench.spread import LOSS, effects, paired
 from hydra_vlm.rankbench.table import FloatArray, Part, RankBench
+from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.phi import Observation
 from hydra_vlm.search.proposals import mutate, repair, sample, scatter
 from hydra_vlm.search.samplers import derived
 from hydra_vlm.search.space import Candidate, Space, open_candidate
 
 SpaceChoice = Literal["all", "closed", "open"]
+Goal = Literal["relative", "loss"]
+"""What a search on the ground maximises; both are objectives of `search.objective`."""
 DRAWS, ROUNDS, PARENTS, MUTANTS = 2000, 30, 8, 16
 """How the best of a surrogate is looked for: draws, then rounds of mutants of the best so far."""
 
@@ -39,8 +43,9 @@ def space_of(bench: RankBench, choice: SpaceChoice) -> Space:
 
 @dataclass(frozen=True, eq=False)
 class TableGround:
-    """Candidates, uniform LoRA first, the runs of each, and what each is worth: `worth` [n], uniform's near 100."""
+    """Candidates, uniform LoRA first, the runs of each, and what each is worth for the objective: `worth` [n]."""
 
+    objective: Objective
     space: Space
     names: tuple[str, ...]
     candidates: tuple[Candidate, ...]
@@ -56,7 +61,9 @@ class TableGround:
         return float(self.worth.max() - self.worth[at])
 
 
-def table_ground(bench: RankBench, choice: SpaceChoice = "all", part: Part = "all") -> TableGround:
+def table_ground(
+    bench: RankBench, choice: SpaceChoice = "all", part: Part = "all", goal: Goal = "relative"
+) -> TableGround:
     """All finished entries of a part, or those of one space and uniform LoRA; seeds are paired over the whole table.
 
     Raises DataError when fewer than three have finished or no schedule has a second seed.
@@ -74,8 +81,8 @@ def table_ground(bench: RankBench, choice: SpaceChoice = "all", part: Part = "al
         )
         for entry, one in zip(entries, candidates, strict=True)
     )
-    worth, _ = effects(bench, "objective", rows).shrunk
-    return TableGround(space, tuple(entry.id for entry in entries), candidates, runs, worth)
+    worth, _ = effects(bench, LOSS if goal == "loss" else "objective", rows).shrunk
+    return TableGround(Objective(goal), space, tuple(entry.id for entry in entries), candidates, runs, worth)
 
 
 def _candidate(space: Space, bench: RankBench, entry: Entry) -> Candidate:
@@ -88,6 +95,7 @@ def _candidate(space: Space, bench: RankBench, entry: Entry) -> Candidate:
 class SurrogateGround:
     """A model of all scores and the loss, the noise of runs around it [m, outputs], and its best worth in the space."""
 
+    objective: Objective
     space: Space
     bench: RankBench
     fitted: Fitted
@@ -95,9 +103,9 @@ class SurrogateGround:
     best: float
 
     def worth(self, candidates: Sequence[Candidate]) -> FloatArray:
-        """[n] what candidates are worth, in per cent of uniform LoRA's."""
+        """[n] what candidates are worth: scores in per cent of uniform LoRA's, or minus the loss."""
         mean = self.fitted.predict([one.schedule for one in candidates]).mean
-        return self.bench.objective(mean[:, :-1])
+        return -mean[:, -1] if self.objective.kind == "loss" else self.bench.objective(mean[:, :-1])
 
     def observe(self, one: Candidate, seed: int) -> Observation:
         """A run: the truth plus the noise of one of the table's runs."""
@@ -107,18 +115,21 @@ class SurrogateGround:
         return Observation(one, dict(zip(self.bench.benchmarks, scores, strict=True)), float(values[-1]))
 
 
-def surrogate_ground(bench: RankBench, choice: SpaceChoice = "closed", seed: int = 0) -> SurrogateGround:
-    """Fitted on the whole table, over the closed space or the open one ("all" is the open one).
+def surrogate_ground(
+    bench: RankBench, choice: SpaceChoice = "closed", seed: int = 0, goal: Goal = "relative", part: Part = "all"
+) -> SurrogateGround:
+    """Fitted on the runs of a part, over the closed space or the open one ("all" is the open one).
 
     Its best is looked for with a few thousand draws and steps from the best of them, so it may be missed by a little.
     Raises DataError when no schedule has a second seed: the noise is not known.
     """
-    bench = paired(bench)
+    bench = paired(bench).part(part)
     measured = np.hstack([bench.scores(), np.array([[row.validation_loss] for row in bench.rows])])
     schedules = [bench.schedules[row.entry] for row in bench.rows]
     fitted = performance_model("gaussian-process").fit(schedules, measured, seed)
-    unknown = SurrogateGround(space_of(bench, choice), bench, fitted, _noise(bench, measured), 0.0)
-    return SurrogateGround(unknown.space, bench, fitted, unknown.noise, _highest(unknown, random.Random(seed)))
+    space = space_of(bench, choice)
+    unknown = SurrogateGround(Objective(goal), space, bench, fitted, _noise(bench, measured), 0.0)
+    return replace(unknown, best=_highest(unknown, random.Random(seed)))
 
 
 def _noise(bench: RankBench, measured: FloatArray) -> FloatArray:

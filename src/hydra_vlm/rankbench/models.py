@@ -18,11 +18,12 @@ from hydra_vlm.performance_model.cross_validation import (
 )
 from hydra_vlm.performance_model.metrics import METRICS, Measured
 from hydra_vlm.performance_model.protocol import PERFORMANCE_MODELS, performance_model
-from hydra_vlm.rankbench.spread import Effects, effects
+from hydra_vlm.rankbench.spread import LOSS, Effects, effects
 from hydra_vlm.rankbench.table import FloatArray, RankBench
 from hydra_vlm.rankbench.text import markdown, number, show
 
 Inputs = Literal["ranks", "profile", "early-loss"]
+Target = Literal["scores", "loss"]
 PAPER = ("transformer", "lightgbm", "random-forest", "mlp")
 """The paper's four, in the order of Table VIII."""
 
@@ -33,8 +34,8 @@ def known_models() -> tuple[str, ...]:
     return tuple(name for name in names if name != "lightgbm" or importlib.util.find_spec("lightgbm") is not None)
 
 
-def measured(bench: RankBench, inputs: Inputs = "ranks") -> Measured:
-    """The table's runs; the objective is the mean of scores relative to uniform's.
+def measured(bench: RankBench, inputs: Inputs = "ranks", target: Target = "scores") -> Measured:
+    """The table's runs; the objective is the mean of scores relative to uniform's, or minus the validation loss.
 
     With "early-loss" the training losses of a run's first tenth are inputs beside the ranks: what an early look at the
     run tells. Raises DataError where runs were logged at different steps.
@@ -42,9 +43,12 @@ def measured(bench: RankBench, inputs: Inputs = "ranks") -> Measured:
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs {inputs!r} do not exist: use one of {', '.join(get_args(Inputs))}.")
     extras = _early_losses(bench) if inputs == "early-loss" else None
+    schedules = tuple(bench.schedules[row.entry] for row in bench.rows)
+    if target == "loss":
+        losses = np.array([[row.validation_loss] for row in bench.rows])
+        return Measured(schedules, losses, ("validation loss",), (-1.0,), extras)
     scale = np.where(bench.baseline > 0, bench.baseline, 100.0)
     weights = tuple(100 / len(bench.benchmarks) / scale)
-    schedules = tuple(bench.schedules[row.entry] for row in bench.rows)
     return Measured(schedules, bench.scores(), bench.benchmarks, weights, extras)
 
 
@@ -56,18 +60,23 @@ def _early_losses(bench: RankBench) -> FloatArray:
     return np.array(found, dtype=np.float64)
 
 
-def compare_models(bench: RankBench, names: Sequence[str], plan: Plan, inputs: Inputs = "ranks") -> CrossValidation:
+def compare_models(
+    bench: RankBench, names: Sequence[str], plan: Plan, inputs: Inputs = "ranks", target: Target = "scores"
+) -> CrossValidation:
     """Every named model on every fold; with inputs "profile" gradient norms are shown to the models, too."""
     profile = bench.profile if inputs == "profile" else None
-    return cross_validate({name: performance_model(name, profile) for name in names}, measured(bench, inputs), plan)
+    return cross_validate(
+        {name: performance_model(name, profile) for name in names}, measured(bench, inputs, target), plan
+    )
 
 
-def noise_floor(bench: RankBench) -> float | None:
+def noise_floor(bench: RankBench, target: Target = "scores") -> float | None:
     """The MSE of single runs that a model which knew every schedule's expected scores would have; None without seeds.
 
     In the unit of the report: variances of the outputs over all runs.
     """
-    found = [effects(bench, name) for name in bench.benchmarks] if _repeated(bench) else []
+    names = (LOSS,) if target == "loss" else bench.benchmarks
+    found = [effects(bench, name) for name in names] if _repeated(bench) else []
     shares = [_noise_share(one) for one in found if one.values.std() > 0]
     return float(np.mean(shares)) if shares else None
 
@@ -80,9 +89,9 @@ def _repeated(bench: RankBench) -> bool:
     return any(len(rows) > 1 for rows in bench.runs.values())
 
 
-def report(bench: RankBench, found: CrossValidation) -> str:
+def report(bench: RankBench, found: CrossValidation, target: Target = "scores") -> str:
     """Table VIII, the differences to the paper's Transformer, and learning curves, as Markdown."""
-    floor = noise_floor(bench)
+    floor = noise_floor(bench, target)
     said = "" if floor is None else f" Seed noise alone makes an MSE of {number(floor, 3)}: no model gets below."
     seeds = f"{len(found.seeds)} draw{'s' * (len(found.seeds) > 1)} of folds"
     parts = [

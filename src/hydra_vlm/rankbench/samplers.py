@@ -1,7 +1,7 @@
 """How fast searchers find a good schedule: regret after so many trials, over repetitions (on the table or a surrogate).
 
 The regret of a searcher after n trials is that of the schedule it would train in full by then: how much less it is
-worth than the best one of the ground, in per cent of uniform LoRA's mean score. Two choices are reported: the schedule
+worth than the best one of the ground, in the unit of the ground's objective. Two choices are reported: the schedule
 with the best observed value (what a search does that trusts its measurements), and the best predicted one among those
 tried (the same Gaussian process over all trials for every searcher, which averages noise away).
 """
@@ -20,7 +20,7 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.performance_model.cross_validation import Estimate
 from hydra_vlm.performance_model.protocol import MIN_SCHEDULES, performance_model
 from hydra_vlm.rankbench.ground import SurrogateGround, TableGround
-from hydra_vlm.rankbench.searches import RELATIVE, begin
+from hydra_vlm.rankbench.searches import begin
 from hydra_vlm.rankbench.table import FloatArray
 from hydra_vlm.rankbench.text import markdown, number, show, t_interval
 from hydra_vlm.search.phi import DEFAULT, Observation, PhiSettings, starters
@@ -101,7 +101,7 @@ def repetition(ground: Ground, asked: Contest, name: str, number: int) -> Course
     else:
         seen, regrets, seconds = _on_surrogate(ground, asked, name, number)
     baseline = seen[0].scores
-    values = [RELATIVE.values(one.scores, baseline, one.loss)[0] for one in seen]
+    values = [ground.objective.values(one.scores, baseline, one.loss)[0] for one in seen]
     best = [int(np.argmax(values[: n + 1])) for n in range(len(seen))]
     predicted = {
         n: regrets[_predicted_best(seen[:n], values[:n], asked.seed)] for n in asked.checkpoints if n <= len(seen)
@@ -141,7 +141,7 @@ def _on_table(ground: TableGround, asked: Contest, name: str, number: int) -> Pl
 
 def _on_surrogate(ground: SurrogateGround, asked: Contest, name: str, number: int) -> Played:
     """The searchers as they are used: Optuna samplers of a study, which propose any schedule of the space."""
-    sampler = schedule_sampler(name, ground.space, derived(asked.seed, number), RELATIVE, asked.settings)
+    sampler = schedule_sampler(name, ground.space, derived(asked.seed, number), ground.objective, asked.settings)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     view = distributions(ground.space)
     uniform = starters(ground.space)[0]
@@ -157,7 +157,7 @@ def _on_surrogate(ground: SurrogateGround, asked: Contest, name: str, number: in
         seen.append(ground.observe(one, derived(asked.seed, number, step)))
         trial.set_user_attr("scores", dict(seen[-1].scores))
         trial.set_user_attr("loss", seen[-1].loss)
-        study.tell(trial, RELATIVE.values(seen[-1].scores, seen[0].scores, seen[-1].loss)[0])
+        study.tell(trial, ground.objective.values(seen[-1].scores, seen[0].scores, seen[-1].loss)[0])
     return seen, ground.best - ground.worth([one.candidate for one in seen]), seconds
 
 
@@ -167,17 +167,18 @@ def _on_surrogate(ground: SurrogateGround, asked: Contest, name: str, number: in
 def report(courses: Sequence[Course], asked: Contest) -> str:
     """Regrets, paired differences to Φ, and how many trials random search needs, as Markdown."""
     names = [name for name in asked.samplers if any(course.sampler == name for course in courses)]
+    decimals = 2 if max(course.observed[0] for course in courses) > 1 else 4  # points of scores, or of a loss
     head = [f"after {n}" for n in asked.checkpoints]
     parts = [f"{asked.repetitions} repetitions, mean regret in points of the objective, 95 % t intervals\n"]
     for chosen in ("observed", "predicted"):
         rows = [[f"best {chosen}", *head, "seconds a search"]]
         for name in names:
-            cells = [show(_estimate(courses, name, n, chosen)) for n in asked.checkpoints]  # type: ignore[arg-type]
+            cells = [show(_estimate(courses, name, n, chosen), decimals) for n in asked.checkpoints]  # type: ignore[arg-type]
             seconds = np.mean([course.seconds for course in courses if course.sampler == name])
             rows.append([name, *cells, number(float(seconds), 1)])
         parts.append(markdown(rows) + "\n")
     if "phi" in names and len(names) > 1:
-        parts.append(markdown(_differences(courses, asked, names)) + "\n")
+        parts.append(markdown(_differences(courses, asked, names, decimals)) + "\n")
     if "random" in names and len(names) > 1:
         parts.append(markdown(_needed(courses, asked, names)) + "\n")
     return "\n".join(parts)
@@ -192,7 +193,7 @@ def _estimate(courses: Sequence[Course], name: str, n: int, chosen: Chosen) -> E
     return t_interval(_values(courses, name, n, chosen).tolist())
 
 
-def _differences(courses: Sequence[Course], asked: Contest, names: Sequence[str]) -> list[list[str]]:
+def _differences(courses: Sequence[Course], asked: Contest, names: Sequence[str], decimals: int) -> list[list[str]]:
     rows = [["Φ less …, paired (below 0: Φ is better)", *(f"after {n}" for n in asked.checkpoints)]]
     kinds: tuple[Chosen, ...] = ("observed", "predicted")
     for chosen in kinds:
@@ -201,7 +202,7 @@ def _differences(courses: Sequence[Course], asked: Contest, names: Sequence[str]
                 pairs = [
                     _values(courses, "phi", n, chosen) - _values(courses, name, n, chosen) for n in asked.checkpoints
                 ]
-                rows.append([f"{name}, best {chosen}", *(show(t_interval(p.tolist()), signed=True) for p in pairs)])
+                rows.append([f"{name}, best {chosen}", *(show(t_interval(p.tolist()), decimals, True) for p in pairs)])
     return rows
 
 

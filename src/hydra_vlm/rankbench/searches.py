@@ -1,6 +1,7 @@
 """Searchers on the table, each a generator: it yields the place of a candidate and is sent the run that was seen.
 
-All start with uniform LoRA. Φ chooses by `search.phi.choose`, random takes the schedules as they come. Optuna's
+All start with uniform LoRA. Φ goes on with those of HyDRA's own schedules that the table holds, as every search with it
+does, then chooses by `search.phi.choose`; random takes the schedules as they come. Optuna's
 samplers are asked over the named parameters of the space and are told the schedule that they got in its place: TPE and
 evolution the unseen one nearest to what they name, the Gaussian process the unseen one of largest expected improvement
 by its own model (its search over all schedules would take many seconds a proposal). Where they draw at random, at the
@@ -20,8 +21,7 @@ from optuna.trial import FrozenTrial
 
 from hydra_vlm.rankbench.ground import TableGround
 from hydra_vlm.rankbench.table import FloatArray
-from hydra_vlm.search.objective import Objective
-from hydra_vlm.search.phi import Observation, PhiSettings, choose
+from hydra_vlm.search.phi import Observation, PhiSettings, choose, starters
 from hydra_vlm.search.samplers import POPULATION, View, derived, distributions, within
 from hydra_vlm.search.space import Candidate, candidate
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from optuna._gp.acqf import BaseAcquisitionFunc  # loads torch
 
 Search = Generator[int, Observation, None]
-RELATIVE = Objective()
 
 
 def begin(name: str, ground: TableGround, seed: int, settings: PhiSettings) -> Search:
@@ -57,11 +56,16 @@ def _random(ground: TableGround, seed: int) -> Search:
 def _phi(ground: TableGround, seed: int, settings: PhiSettings) -> Search:
     left = list(range(1, len(ground.candidates)))
     finished = [(yield 0)]
+    places = {one.schedule.ranks: at for at, one in enumerate(ground.candidates)}
+    for at in (places.get(one.schedule.ranks) for one in starters(ground.space)):
+        if at in left:
+            left.remove(at)
+            finished.append((yield at))
     while left:
         pool = [ground.candidates[at] for at in left]
         step = derived(seed, len(finished))
         profile = ground.space.profile
-        found = choose(pool, finished, (), RELATIVE, finished[0].scores, settings, step, profile)
+        found = choose(pool, finished, (), ground.objective, finished[0].scores, settings, step, profile)
         finished.append((yield left.pop(found)))
 
 
@@ -72,7 +76,7 @@ def _optuna(ground: TableGround, sampler: "_PoolSampler") -> Search:
         trial = study.ask(sampler.view)
         seen = yield sampler.chosen
         baseline = seen.scores if baseline is None else baseline
-        study.tell(trial, RELATIVE.values(seen.scores, baseline, seen.loss)[0])
+        study.tell(trial, ground.objective.values(seen.scores, baseline, seen.loss)[0])
 
 
 class _PoolSampler(BaseSampler):

@@ -48,9 +48,10 @@ class PhiSettings:
     `model` is one of PERFORMANCE_MODELS or a model itself; `norms` shows it the gradient-norm profile beside the ranks.
     It learns the `targets`: the scores that the objective reads, the validation loss beside them (less noisy than
     scores are), or the objective's values alone. `n_startup` is the number of distinct candidates that fill the space
-    first, each the farthest of `scattered`. The `pool` is made in `rounds`: in the first, a share of `mutants` is one
-    to `steps` steps away from one of the `incumbents` (the best trials by Φ) and the others are fresh samples; in each
-    further one all are mutants of the best candidates of the pool so far. `best` and `jitter`: see `believe`.
+    first, each the farthest of `scattered` draws (1: any). The `pool` is made in `rounds`: in the first, a share of
+    `mutants` is one to `steps` steps away from one of the `incumbents` (the best trials by Φ) and the others are fresh
+    samples; in each further one all are mutants of the best candidates of the pool so far. `best` and `jitter`: see
+    `believe`.
 
     Raises ConfigError for a number out of range.
     """
@@ -59,7 +60,7 @@ class PhiSettings:
     norms: bool = False
     targets: Literal["scores", "scores+loss", "objective"] = "scores"
     n_startup: int = 8
-    scattered: int = 32
+    scattered: int = 1
     pool: int = 128
     rounds: int = 2
     mutants: float = 0.6
