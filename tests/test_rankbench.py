@@ -349,6 +349,10 @@ def test_a_search_by_loss_is_judged_by_loss() -> None:
     assert np.corrcoef(table.worth, losses)[0, 1] < -0.9
     assert table.regret(best) == 0
     assert model.best >= model.worth(list(table.candidates[:20])).max() - 1e-9
+    quiet = table_ground(NOISY, goal="loss", noise=False)
+    assert [-run.loss for (run,) in quiet.runs] == pytest.approx(quiet.worth.tolist())
+    course = contest(quiet, Contest(("random",), 1, 8))[0]
+    assert course.predicted[8] <= course.observed[0]  # the best one seen is the best one there is so far
     courses = contest(table, Contest(("random",), 2, 8))
     assert all(0 <= regret <= np.ptp(table.worth) for course in courses for regret in course.observed)
 

@@ -74,6 +74,9 @@ def samplers(
         Literal["relative", "loss"],
         typer.Option(help="relative: the mean of scores over uniform LoRA's. loss: minus the validation loss."),
     ] = "relative",
+    noise: Annotated[
+        bool, typer.Option(help="On the table: see single runs, or (--no-noise) the shrunk mean of a schedule's runs.")
+    ] = True,
     repetitions: Annotated[int, typer.Option(min=1, help="How often each search is repeated.")] = 30,
     trials: Annotated[int, typer.Option(min=2, help="Trials of a search, uniform LoRA's included.")] = 32,
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
@@ -94,8 +97,9 @@ def samplers(
     asked = Contest(chosen, repetitions, trials, seed, _settings(phi or []))
     bench, start = load(table), time.perf_counter()
     if ground == "table":
-        picked = table_ground(bench, space, part, objective)
-        said, courses = f"{len(picked.names)} schedules of part {part}", contest(picked, asked, jobs)
+        picked = table_ground(bench, space, part, objective, noise)
+        kind = "single runs" if noise else "shrunk means"
+        said, courses = f"{kind} of {len(picked.names)} schedules of part {part}", contest(picked, asked, jobs)
     else:
         modelled = surrogate_ground(bench, space, seed, objective, part)
         said, courses = f"surrogate of part {part}", contest(modelled, asked, jobs)

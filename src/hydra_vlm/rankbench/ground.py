@@ -62,10 +62,11 @@ class TableGround:
 
 
 def table_ground(
-    bench: RankBench, choice: SpaceChoice = "all", part: Part = "all", goal: Goal = "relative"
+    bench: RankBench, choice: SpaceChoice = "all", part: Part = "all", goal: Goal = "relative", noise: bool = True
 ) -> TableGround:
     """All finished entries of a part, or those of one space and uniform LoRA; seeds are paired over the whole table.
 
+    Without `noise` a search sees the shrunk means of a schedule's runs, which tells what noise costs it.
     Raises DataError when fewer than three have finished or no schedule has a second seed.
     """
     space, bench = space_of(bench, choice), paired(bench).part(part)
@@ -74,15 +75,23 @@ def table_ground(
         raise DataError(f"a search needs at least 3 finished schedules, and the {choice} part has {len(entries)}.")
     rows = [row for entry in entries for row in bench.runs[entry.id]]
     candidates = tuple(_candidate(space, bench, entry) for entry in entries)
-    runs = tuple(
-        tuple(
-            Observation(one, dict(zip(bench.benchmarks, row.scores, strict=True)), row.validation_loss)
-            for row in bench.runs[entry.id]
-        )
-        for entry, one in zip(entries, candidates, strict=True)
-    )
     worth, _ = effects(bench, LOSS if goal == "loss" else "objective", rows).shrunk
+    if noise:
+        runs = tuple(
+            tuple(_seen(bench, one, row.scores, row.validation_loss) for row in bench.runs[entry.id])
+            for entry, one in zip(entries, candidates, strict=True)
+        )
+    else:
+        scores = np.column_stack([effects(bench, name, rows).shrunk[0] for name in bench.benchmarks])
+        losses = -effects(bench, LOSS, rows).shrunk[0]
+        worth = worth if goal == "loss" else bench.objective(scores)
+        known = zip(candidates, scores.tolist(), losses.tolist(), strict=True)
+        runs = tuple((_seen(bench, one, of_one, loss),) for one, of_one, loss in known)
     return TableGround(Objective(goal), space, tuple(entry.id for entry in entries), candidates, runs, worth)
+
+
+def _seen(bench: RankBench, one: Candidate, scores: Sequence[float], loss: float) -> Observation:
+    return Observation(one, dict(zip(bench.benchmarks, scores, strict=True)), loss)
 
 
 def _candidate(space: Space, bench: RankBench, entry: Entry) -> Candidate:
