@@ -103,7 +103,7 @@ def test_four_bits_are_refused_where_the_base_is_trained_or_the_device_cannot(
     with pytest.raises(ConfigError, match="device mps"):
         quantization.require_quantizable("nf4", torch.device("mps"))
     narrow = save_tiny_model(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match="q_proj has 32 inputs.*multiple of 64"):
+    with pytest.raises(ConfigError, match=r"q_proj has 32 inputs.*multiple of 64"):
         load_model(str(narrow), "cpu", quantization="nf4")
 
 
