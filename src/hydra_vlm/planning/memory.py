@@ -25,8 +25,6 @@ def saved_by_layer(stack: Stack, layer: Layer, batch: Batch, how: Manner, full: 
     """Bytes that autograd keeps of one layer for its backward pass; `full` where all of the layer is trained."""
     product = how.product
     adapted = [p for p in layer if p.rank or full]
-    if not adapted and not full:
-        per_position = 0.0
     own = product if how.autocast else FLOAT if how.weight < FLOAT else 0
     if own:
         inputs = own * sum(p.inputs for p in adapted)
@@ -78,7 +76,9 @@ def forward_of_layer(stack: Stack, layer: Layer, batch: Batch, how: Manner) -> i
     halves = [3 * how.product * wide * batch.positions]
     if how.attention == "eager":
         each = 2 * FLOAT if how.product == FLOAT else FLOAT + how.product
-        halves.append(each * batch.rows * stack.heads * batch.length**2 + 3 * how.product * batch.positions * stack.attention)
+        halves.append(
+            each * batch.rows * stack.heads * batch.length**2 + 3 * how.product * batch.positions * stack.attention
+        )
     dequantized = max(p.weights for p in layer) * how.product if how.four_bits else 0
     return max(halves) + 3 * how.weight * batch.positions * stack.width + dequantized
 
@@ -109,7 +109,9 @@ def trained_count(shape: Shape, full: bool, trained_projector: bool) -> int:
     return (base if full else shape.adapter) + (shape.projector.parameters if trained_projector else 0)
 
 
-def training_step(shape: Shape, batch: Batch, how: Manner, full: bool = False, trained_projector: bool = True) -> Memory:
+def training_step(
+    shape: Shape, batch: Batch, how: Manner, full: bool = False, trained_projector: bool = True
+) -> Memory:
     """The peak of a training step: at the loss, or in the last layer's backward pass, whichever takes more."""
     trained = trained_count(shape, full, trained_projector)
     layers = [saved_by_layer(shape.decoder, layer, batch, how, full) for layer in shape.decoder.layers]
@@ -164,8 +166,6 @@ def validation_step(shape: Shape, batch: Batch, how: Manner, trained_projector: 
     stream = 2 * how.weight * batch.positions * shape.decoder.width
     mask = how.weight * batch.rows * batch.length**2 if how.attention == "eager" else 0
     rest = {"optimizer states": int(ADAM[how.optimizer] * trained), "hidden states, mask": stream + mask, **top}
-    copies = 2 * shape.quantizable if how.autocast and how.weight == FLOAT and not how.four_bits else 0
-    del copies  # without a graph a copy lives as long as its product
     return weights(shape, how, trained_projector) + Memory(rest) + images_of(shape, batch, how)
 
 

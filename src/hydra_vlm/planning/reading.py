@@ -85,8 +85,8 @@ def _stack(model: nn.Module, config: Any, modules: Mapping[tuple[int, str], str]
     layers: dict[int, list[Linear]] = {}
     for (layer, component), name in modules.items():
         linear: Any = model.get_submodule(name)
-        sizes = (linear.nx, linear.nf) if hasattr(linear, "nf") else (linear.in_features, linear.out_features)
-        layers.setdefault(layer, []).append(Linear(component, *map(int, sizes), rank=ranks.get(name, 0)))
+        wide, out = (linear.nx, linear.nf) if hasattr(linear, "nf") else (linear.in_features, linear.out_features)
+        layers.setdefault(layer, []).append(Linear(component, int(wide), int(out), ranks.get(name, 0)))
     width = int(config.hidden_size if hasattr(config, "hidden_size") else config.embed_dim)
     heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
     return Stack(
@@ -103,7 +103,7 @@ def _tower_stack(model: nn.Module, config: Any, ranks: Mapping[str, int]) -> Sta
         modules = find_parts(model, None, (TOWER,)).modules
     except ConfigError:
         return None
-    return _stack(model, config, {(layer, c): n for (layer, c), n in modules.items()}, ranks)
+    return _stack(model, config, modules, ranks)
 
 
 def _patches(vision: Any) -> int:
@@ -216,5 +216,3 @@ def _traced_projector(projector: nn.Module, features: Tensor, count: int) -> Pro
 def with_cache(shape: Shape, is_cached: bool) -> Shape:
     """The shape with the tower's features at hand, or computed in every step."""
     return replace(shape, tower=replace(shape.tower, is_cached=is_cached))
-
-
