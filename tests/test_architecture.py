@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "run_folder": ("config", "errors", "files"),
     "training": ("config", "data", "errors", "graph", "lora", "models", "profile", "schedule"),
     "report": ("benchmarks", "errors", "files", "graph", "profile", "records", "schedule"),
+    "planning": ("allocation", "benchmarks", "config", "data", "errors", "graph", "models", "schedule"),
     "commands": (
         "allocation",
         "benchmarks",
@@ -54,6 +55,7 @@ MAY_IMPORT = {
         "graph",
         "lora",
         "models",
+        "planning",
         "profile",
         "run_folder",
         "schedule",

@@ -320,6 +320,27 @@ def check(
 
 
 @app.command(context_settings=_OVERRIDABLE)
+def plan(
+    context: typer.Context,
+    config: ConfigArgument = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of the device (default: of the device that is here).", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict parameters, peak memory and FLOPs before anything runs.
+
+    Loads no weights. Says what to change where a run will not fit; for a device that is not here, give device=cuda and
+    its --memory.
+    """
+    settings = _config(config, context.args)
+    from hydra_vlm.commands.plan import plan_config
+
+    text, found = plan_config(settings, memory)
+    print(json.dumps(found) if as_json else text)
+
+
+@app.command(context_settings=_OVERRIDABLE)
 def tune(
     context: typer.Context,
     config: ConfigArgument = None,

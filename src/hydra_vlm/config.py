@@ -100,6 +100,15 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = Field(
+        False, description="keep each layer's input alone and compute the layer again for its gradients: a third slower"
+    )
+    offload_activations: bool = Field(
+        False, description="what gradient checkpointing keeps waits in the CPU's memory, not the device's"
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw", description="8-bit states need bitsandbytes; paged ones move to the CPU's memory when CUDA's is full"
+    )
     save_steps: int = Field(50, gt=0)
     watch_steps: int = Field(30, gt=0, description="steps between validation losses, where a search prunes by them")
     cache_gigabytes: float = Field(
@@ -108,6 +117,13 @@ class TrainingConfig(_Section):
     disk_cache_gigabytes: float = Field(
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
+
+
+    @model_validator(mode="after")
+    def _offloads_checkpoints(self) -> "TrainingConfig":
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("offload_activations moves what gradient checkpointing keeps: set both, or neither")
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -178,6 +194,9 @@ class Config(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; auto: bfloat16 on a CUDA device that computes in it, else float32"
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the frozen decoder in four bits (QLoRA), through bitsandbytes"
     )
 
     @field_validator("adapt", mode="before")

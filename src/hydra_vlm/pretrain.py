@@ -19,6 +19,7 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.files import read_json, whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
 from hydra_vlm.records import TrialRecord
+from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import finetune, prepare_projector
 from hydra_vlm.trials import Say, Study, prepare_study
 
@@ -32,6 +33,7 @@ def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
     Raises:
         HydraError: a template other than `plain`, a model without projector, or what `prepare_study` finds wrong.
     """
+    require_frugality(config, trains_base=True)
     study = prepare_study(stage_one(config), out, say)
     seed = config.seeds[0]
     folder, model_folder = study.folder.trial(f"{NAME}-seed{seed}"), study.folder.path / "model"

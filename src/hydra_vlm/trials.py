@@ -37,6 +37,7 @@ from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, open_run
 from hydra_vlm.schedule import RankSchedule, Scaling
+from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.progress import Watch
 from hydra_vlm.training.recipe import (
@@ -85,6 +86,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
         if name not in ALLOCATORS and name != FULL:
             raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL])}")
     require_template(config.data.template)
+    require_frugality(config, trains_base=FULL in config.schedules)
     loaded = open_model(config)
     reader = open_reader(loaded.processor, config.data.template)
     graph = loaded.parts.graph
@@ -107,7 +109,8 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
 
 def open_model(config: Config) -> LoadedModel:
     """The configuration's model, freshly loaded, with the parts that are to be adapted."""
-    return load_model(config.model, config.device, config.decoder_pattern, config.adapt, config.dtype)
+    where = (config.device, config.decoder_pattern, config.adapt)
+    return load_model(config.model, *where, config.dtype, config.quantization)
 
 
 def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:

@@ -15,6 +15,7 @@ from hydra_vlm.lora import read_schedule, require_schedule_fits
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
 from hydra_vlm.trials import (
     ZERO_SHOT,
@@ -76,6 +77,7 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
     Allocators that need a profile measure it first.
     """
     if wish == FULL:
+        require_frugality(study.config, trains_base=True)
         return FULL, None
     if Path(wish).is_file():
         schedule = read_schedule(wish)

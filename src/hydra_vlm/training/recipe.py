@@ -25,6 +25,7 @@ from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
+from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
@@ -145,7 +146,8 @@ def finetune(
         callbacks=[*callbacks, *watched, LossProgress()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    with checkpointing(loaded.model, settings):
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
     return Finetuned(
         model=model.eval(),
@@ -173,7 +175,7 @@ def training_arguments(
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[settings.optimizer],
         seed=seed,
         bf16=resolve_bf16(settings, device),
         use_cpu=device.type == "cpu",
