@@ -100,7 +100,13 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    skip_spikes: int = Field(
+        0, ge=0, description="so many steps in a row may be left out when their loss is no number; one more stops"
+    )
     save_steps: int = Field(50, gt=0)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="who is told of losses, learning rate and gradient norm (extra `trackers`)"
+    )
     watch_steps: int = Field(30, gt=0, description="steps between validation losses, where a search prunes by them")
     cache_gigabytes: float = Field(
         2.0, ge=0, description="keep tower features in memory if they take no more than this"
@@ -108,6 +114,11 @@ class TrainingConfig(_Section):
     disk_cache_gigabytes: float = Field(
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class EvaluationConfig(_Section):
