@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hydra_vlm.errors import ConfigError, HydraError
+from hydra_vlm.faults import is_disk_full
+from hydra_vlm.interruption import Interrupted, ending_in_order
 
 app = typer.Typer(
     help="Hierarchical and dynamic rank adaptation for vision-language models: measure where low-rank capacity is "
@@ -539,12 +541,12 @@ def convert(
 
 @contextmanager
 def _leaving(out: Path) -> Iterator[None]:
-    """Ctrl-C in a search: one line in place of a traceback."""
+    """A search that is told to end: one line in place of a traceback."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         _say(f"stopped; the same command goes on with what is in {out}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.code if isinstance(stop, Interrupted) else 130) from None
 
 
 def _report(run: Path, as_json: bool) -> None:
@@ -603,9 +605,18 @@ def _say(line: str) -> None:
 def main() -> None:
     """Run the command line; an error the user can put right is one line, without a traceback."""
     try:
-        app()
+        with ending_in_order():
+            app()
     except HydraError as problem:
         _say(f"error: {problem}")
+        sys.exit(2)
+    except Interrupted as stop:
+        _say(str(stop))
+        sys.exit(stop.code)
+    except OSError as problem:
+        if not is_disk_full(problem):
+            raise
+        _say(f"error: no room on the disk for {problem.filename or 'a file'}: make room and repeat the command")
         sys.exit(2)
 
 

@@ -109,7 +109,13 @@ class TrainingConfig(_Section):
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
         "adamw", description="8-bit states need bitsandbytes; paged ones move to the CPU's memory when CUDA's is full"
     )
+    skip_spikes: int = Field(
+        0, ge=0, description="so many steps in a row may be left out when their loss is no number; one more stops"
+    )
     save_steps: int = Field(50, gt=0)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="who is told of losses, learning rate and gradient norm (extra `trackers`)"
+    )
     watch_steps: int = Field(30, gt=0, description="steps between validation losses, where a search prunes by them")
     cache_gigabytes: float = Field(
         2.0, ge=0, description="keep tower features in memory if they take no more than this"
@@ -117,6 +123,11 @@ class TrainingConfig(_Section):
     disk_cache_gigabytes: float = Field(
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
     @model_validator(mode="after")

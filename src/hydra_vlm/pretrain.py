@@ -16,12 +16,12 @@ from hydra_vlm.config import Config
 from hydra_vlm.data.builtin import CAPTIONS, QUESTIONS
 from hydra_vlm.data.templates import AUTO
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import read_json, whole_folder, write_json, write_lines
+from hydra_vlm.files import read_value, whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import finetune, prepare_projector
-from hydra_vlm.trials import Say, Study, prepare_study
+from hydra_vlm.trials import DAMAGED_RECORD, Say, Study, prepare_study
 
 NAME = "projector"
 TEMPLATE = "plain"
@@ -38,7 +38,7 @@ def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
     seed = config.seeds[0]
     folder, model_folder = study.folder.trial(f"{NAME}-seed{seed}"), study.folder.path / "model"
     if (folder / "record.json").is_file() and model_folder.is_dir():
-        return TrialRecord.from_json(read_json(folder / "record.json"))
+        return read_value(folder / "record.json", TrialRecord.from_json, DAMAGED_RECORD)
     started = time.monotonic()
     loaded, record = _train(study, seed, folder, started)
     save_model(loaded, resolve_model(study.config.model), model_folder)

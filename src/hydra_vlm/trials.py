@@ -28,7 +28,8 @@ from hydra_vlm.data.records import Record, check_images, read_records, sample
 from hydra_vlm.data.templates import require_template
 from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.evaluation import answer_tasks, tower_features, with_features
-from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.faults import disk_full_told
+from hydra_vlm.files import read_value, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
@@ -51,8 +52,10 @@ from hydra_vlm.training.recipe import (
     resolve_bf16,
     trains_projector,
 )
+from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
+DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint"
 Say = Callable[[str], None]
 
 
@@ -97,6 +100,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
             f"allocation.n_stages {config.allocation.n_stages} exceeds the {longest} layers that can be told apart",
             nearest=f"Lower it to {longest} or less.",
         )
+    require_trackers(config.training.trackers)
     bf16 = resolve_bf16(config.training, loaded.model.device)
     say(batch_arithmetic(config.training))
     folder = open_run(out, config, environment(str(loaded.model.device), "bf16 autocast" if bf16 else "fp32"))
@@ -131,7 +135,7 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     """The gradient-norm profile of a short uniform LoRA run (Eq. 1), read back if it was measured before."""
     stored = study.folder.profile
     if stored.is_file():
-        profile = GradientNormProfile.from_json(read_json(stored))
+        profile = read_value(stored, GradientNormProfile.from_json, "remove it, and it is measured again")
         require_same_graph(profile, study.graph)
         return profile
     settings = study.config.profile
@@ -142,7 +146,7 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
         "uniform",
         AllocationRequest(study.graph, Budget.of_rank(study.graph, rank), scaling=scaling_of(study.config)),
     )
-    training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9})
+    training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9, "trackers": ()})
     scratch = study.folder.path / "profile-run"
     unvalidated = replace(study.data, validation=None)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -172,7 +176,7 @@ def run_trial(
     """
     folder = study.folder.trial(f"{name}-seed{seed}")
     if (folder / "record.json").is_file():
-        return TrialRecord.from_json(read_json(folder / "record.json"))
+        return read_value(folder / "record.json", TrialRecord.from_json, DAMAGED_RECORD)
     say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
     started = time.monotonic()
     settings = study.config.training
@@ -225,11 +229,13 @@ def _trained(
 
 def keep_weights(loaded: LoadedModel, model: Any, schedule: RankSchedule | None, folder: Path) -> None:
     """The adapter as plain PEFT with the projector beside it; the whole model after full fine-tuning."""
-    if schedule is not None:
-        save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=trains_projector(loaded.parts))
-    else:
-        model.save_pretrained(folder / "model")
-        loaded.processor.save_pretrained(folder / "model")
+    with disk_full_told(folder, lambda: "The last checkpoint is kept."):
+        if schedule is not None:
+            projector = trains_projector(loaded.parts)
+            save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=projector)
+        else:
+            model.save_pretrained(folder / "model")
+            loaded.processor.save_pretrained(folder / "model")
 
 
 def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...]:

@@ -24,9 +24,12 @@ from hydra_vlm.lora import attach, detach
 from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.schedule import RankSchedule
-from hydra_vlm.training.checkpoints import last_whole_checkpoint
 from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
+from hydra_vlm.training.guarded import train_guarded
+from hydra_vlm.training.nonfinite import FiniteSteps
+from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.trackers import report_arguments, tracked
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
 FULL = "full"  # the name of the baseline that trains the whole decoder
@@ -132,23 +135,30 @@ def finetune(
 
     The data order follows from `seed` alone, so schedules are compared on the same batches. `watch` is told step and
     validation loss at `settings.watch_steps`; training goes on as it would without.
+
+    Raises:
+        HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint of the step just done is there.
     """
+    numbered = Numbered(data.train)
     watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
     trainer = VLMTrainer(
         model=model,
         parts=loaded.parts,
         projector_learning_rate=settings.projector_learning_rate,
         lengths=data.train.lengths if settings.group_by_length else None,
+        finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.name),
         args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
-        train_dataset=data.train,
+        train_dataset=numbered,
         eval_dataset=data.validation,
-        data_collator=data.reader.batch,
+        data_collator=NumberedBatch(data.reader.batch, numbered),
         callbacks=[*callbacks, *watched, LossProgress()],
     )
     trainer.remove_callback(PrinterCallback)
-    with checkpointing(loaded.model, settings):
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    with tracked(trainer, settings.trackers, folder.parent):
+        with checkpointing(loaded.model, settings):
+            train_guarded(trainer, folder, settings)
+        validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),
@@ -184,7 +194,8 @@ def training_arguments(
         save_total_limit=2,
         eval_strategy="steps" if watched else "no",
         eval_steps=settings.watch_steps,
-        report_to="none",
+        **report_arguments(settings.trackers, folder.parent),
+        logging_nan_inf_filter=settings.skip_spikes > 0,  # otherwise no such loss is ever logged
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -5,7 +5,9 @@
   which schedules use up differently),
 * checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone), or the projector alone in
   stage I,
-* gradient norms taken before clipping.
+* gradient norms taken before clipping,
+* a step whose loss is no number is not applied; a checkpoint is whole on the disk or not there, and remembers the
+  losses that were not logged yet, so that a resumed run logs what an undisturbed one does.
 """
 
 import random
@@ -21,9 +23,13 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from hydra_vlm.models.structure import ModelParts
+from hydra_vlm.training.checkpoints import write_whole
 from hydra_vlm.training.gradient_norms import GradientNormCallback
+from hydra_vlm.training.nonfinite import FiniteSteps
+from hydra_vlm.training.numbered import NUMBERS
 
 PROJECTOR_FILE = "projector.safetensors"
+UNLOGGED = "unlogged_losses"  # in trainer_state.json, among the states of callbacks
 
 
 class VLMTrainer(Trainer):
@@ -35,9 +41,13 @@ class VLMTrainer(Trainer):
         parts: ModelParts,
         projector_learning_rate: float | None = None,
         lengths: Sequence[int] | None = None,
+        finite: FiniteSteps | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.finite = finite
+        if finite is not None:
+            self.add_callback(finite)  # after those that read gradients
         self.parts = parts
         self.projector_learning_rate = projector_learning_rate
         self.lengths = lengths
@@ -65,6 +75,41 @@ class VLMTrainer(Trainer):
             if isinstance(callback, GradientNormCallback):
                 callback.record()
         return super()._clip_grad_norm(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        numbers = inputs.pop(NUMBERS, None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.finite is not None:
+            self.finite.saw(numbers, loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.finite is None:
+            return norm
+        undone = not self.is_deepspeed_enabled  # its engine steps within backward
+        return norm if self.finite.applies(self.state, norm, self._get_learning_rate(), undone) else None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # stopped after its last step: not one more
+            return
+        unlogged = self.state.stateful_callbacks.pop(UNLOGGED, None)
+        if unlogged is not None:
+            self._tr_loss += unlogged["sum"]
+            self._globalstep_last_logged = unlogged["since"]
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        losses = self.accelerator.gather(self._tr_loss).mean().item()
+        self.state.stateful_callbacks[UNLOGGED] = {"sum": losses, "since": self._globalstep_last_logged}
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        write_whole(
+            Path(self.args.output_dir),
+            self.state.global_step,
+            lambda: super(VLMTrainer, self)._save_checkpoint(model, trial),
+            estimate=3 * trained,  # weights and AdamW's two moments
+        )
+        self.state.stateful_callbacks.pop(UNLOGGED)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         projector, alone = self._projector(), self._projector_alone()
