@@ -232,11 +232,11 @@ def test_starters_are_uniform_coarse_and_fine() -> None:
     assert set(narrow[0].schedule.ranks) == {4}, "the baseline is uniform LoRA, even where the space leaves it out"
 
 
-def test_the_start_fills_the_space() -> None:
-    space = space_of(EMBEDDED, 4, open=True)
+def test_the_start_fills_the_space_where_it_is_asked_to() -> None:
+    space, settings = space_of(EMBEDDED, 4, open=True), PhiSettings(scattered=32)
     found: list[Candidate] = []
     for seed in range(10):
-        found.append(propose(space, [], found, Objective(), None, seed=seed))
+        found.append(propose(space, [], found, Objective(), None, settings, seed=seed))
     assert found[: len(starters(space))] == starters(space)
     drawn = [scatter(space, random.Random(seed)) for seed in range(10 - len(starters(space)))]
 
@@ -332,7 +332,7 @@ def test_the_ensemble_proposes_and_targets_agree() -> None:
     known = observed([*starters(space), *(scatter(space, draw) for _ in range(9))])
     keys = {one.candidate.key for one in known}
     for targets in ("scores", "scores+loss", "objective"):
-        settings = PhiSettings(targets=targets, pool=16, norms=True)  # type: ignore[arg-type]
+        settings = PhiSettings("transformer-ensemble", targets=targets, pool=16, norms=True)  # type: ignore[arg-type]
         found = propose(space, known, [], Objective(), known[0].scores, settings, 1)
         assert found.key not in keys
         assert adopt(space, found.schedule) is not None

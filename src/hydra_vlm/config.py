@@ -152,8 +152,9 @@ class SearchConfig(_Section):
     trials: int = Field(16, ge=1, description="finished trials, uniform LoRA among them; a later search may ask more")
     sampler: str = Field("phi", description="phi (a performance model proposes), tpe, gp, random, evolution")
     model: str = Field(
-        "transformer-ensemble",
-        description="of phi: transformer, transformer-ensemble, mlp, random-forest, lightgbm, ridge, gaussian-process",
+        "gaussian-process",
+        description="of phi: gaussian-process, transformer (the paper's), transformer-ensemble, mlp, random-forest, "
+        "lightgbm, ridge",
     )
     objective: str = Field(
         "relative",

@@ -56,7 +56,7 @@ class PhiSettings:
     Raises ConfigError for a number out of range.
     """
 
-    model: str | PerformanceModel = "transformer-ensemble"
+    model: str | PerformanceModel = "gaussian-process"
     norms: bool = False
     targets: Literal["scores", "scores+loss", "objective"] = "scores"
     n_startup: int = 8
