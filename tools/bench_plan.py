@@ -54,17 +54,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.folder or Path(scratch)
-        print(
-            f"{'size':<10}{'case':<38}{'predicted MiB':>14}{'measured':>10}{'ratio':>7}{'GFLOPs':>10}{'counted':>10}{'ratio':>7}"
-        )
+        print(f"{'':<48}{'peak MiB over the baseline':^31}{'GFLOPs of a step or batch':^27}")
+        print(f"{'size':<10}{'case':<38}" + 2 * f"{'predicted':>12}{'measured':>11}{'ratio':>7}")
         for size in asked.size.split(","):
             for phase, name, overrides in CASES[size]:
                 found = run(size, phase, overrides, folder)
                 held = found["predicted"] / 2**20, found["measured"] / 2**20
                 work = found["flops"] / 1e9, found["counted"] / 1e9
                 print(
-                    f"{size:<10}{f'{phase}, {name}':<38}{held[0]:>14.1f}{held[1]:>10.1f}{held[0] / held[1]:>7.3f}"
-                    f"{work[0]:>10.1f}{work[1]:>10.1f}{work[0] / work[1]:>7.3f}",
+                    f"{size:<10}{f'{phase}, {name}':<38}{held[0]:>12.1f}{held[1]:>11.1f}{held[0] / held[1]:>7.3f}"
+                    f"{work[0]:>12.1f}{work[1]:>11.1f}{work[0] / work[1]:>7.3f}",
                     flush=True,
                 )
 
@@ -85,12 +84,14 @@ def measure(size: str, phase: str, overrides: list[str], folder: str) -> dict[st
     """Predicted and measured bytes over the baseline, FLOPs predicted and counted, of one phase."""
     import gc
 
+    import accelerate.optimizer  # noqa: F401
     from torch.utils.flop_counter import FlopCounterMode
 
     from hydra_vlm.config import load_config
     from hydra_vlm.models.loading import load_model
     from hydra_vlm.planning.plan import GIB, RUNTIME, Device
     from hydra_vlm.planning.run import planner_of
+    from hydra_vlm.training import recipe  # noqa: F401  (all imports before the baseline)
 
     model = larger_model(Path(folder)) if size == "larger" else "embedded"
     rows = max(int(word.split("=")[1]) for word in overrides if "batch_size" in word)
@@ -185,7 +186,8 @@ def larger_model(folder: Path) -> str:
     """A random MobileVLM with a decoder of width 768, 12 layers and 32,000 tokens, its tower that of the embedded."""
     target = folder / "larger"
     if not (target / "config.json").is_file():
-        build = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_plan; bench_plan.build_larger({str(target)!r})"
+        places = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_plan; "
+        build = f"{places}bench_plan.build_larger({str(target)!r})"
         subprocess.run([sys.executable, "-c", build], check=True)
     return str(target)
 

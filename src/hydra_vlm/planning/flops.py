@@ -1,9 +1,9 @@
 """FLOPs of matrix products (a multiplication and an addition are two), from plain numbers. No torch.
 
 A frozen linear costs 2 T in out forward and as much backward, for the gradient of its input; a trained one twice as
-much backward. Attention costs 4 B H d L² forward; twice that backward, 2.5 times where fused attention computes the scores
-again. LoRA of rank r costs 2 T r (in + out) forward, twice that backward. Gradient checkpointing computes each layer's
-forward pass twice.
+much backward. Attention costs 4 B H d L² forward; twice that backward, 2.5 times where fused attention computes the
+scores again. LoRA of rank r costs 2 T r (in + out) forward, twice that backward. Gradient checkpointing computes each
+layer's forward pass twice.
 """
 
 from dataclasses import dataclass
