@@ -26,6 +26,7 @@ from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.speed import sped_up
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
 FULL = "full"  # the name of the baseline that trains the whole decoder
@@ -133,20 +134,22 @@ def finetune(
     validation loss at `settings.watch_steps`; training goes on as it would without.
     """
     watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
-    trainer = VLMTrainer(
-        model=model,
-        parts=loaded.parts,
-        projector_learning_rate=settings.projector_learning_rate,
-        lengths=data.train.lengths if settings.group_by_length else None,
-        args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.reader.batch,
-        callbacks=[*callbacks, *watched, LossProgress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    with sped_up(model, loaded.parts, settings) as positions:
+        trainer = VLMTrainer(
+            model=model,
+            parts=loaded.parts,
+            positions=positions,
+            projector_learning_rate=settings.projector_learning_rate,
+            lengths=data.train.lengths if settings.group_by_length else None,
+            args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=data.reader.batch,
+            callbacks=[*callbacks, *watched, LossProgress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),

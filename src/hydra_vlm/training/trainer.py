@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.training.gradient_norms import GradientNormCallback
+from hydra_vlm.training.supervised import SupervisedPositions
 
 PROJECTOR_FILE = "projector.safetensors"
 
@@ -35,9 +36,11 @@ class VLMTrainer(Trainer):
         parts: ModelParts,
         projector_learning_rate: float | None = None,
         lengths: Sequence[int] | None = None,
+        positions: SupervisedPositions | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.positions = positions
         self.parts = parts
         self.projector_learning_rate = projector_learning_rate
         self.lengths = lengths
@@ -59,6 +62,12 @@ class VLMTrainer(Trainer):
             groups = [{"params": outside, **decay}, {"params": inside, "lr": rate, **decay}]
             self.optimizer = optimizer_class([g for g in groups if g["params"]], **options)
         return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, after the supervised positions were read from the batch's labels."""
+        if self.positions is not None:
+            self.positions.read(inputs.get("labels"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         for callback in self.callback_handler.callbacks:
