@@ -123,6 +123,8 @@ class TrainingConfig(_Section):
     disk_cache_gigabytes: float = Field(
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
+    supervised_only: bool = Field(True, description="logits, and the last layer's end, at supervised positions alone")
+    fused_layers: bool = Field(True, description="LoRA, RMS norms and rotary positions as one operation each (float32)")
 
     @field_validator("trackers", mode="before")
     @classmethod

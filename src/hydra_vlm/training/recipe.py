@@ -29,6 +29,7 @@ from hydra_vlm.training.guarded import train_guarded
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.speed import sped_up
 from hydra_vlm.training.trackers import report_arguments, tracked
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
@@ -142,23 +143,25 @@ def finetune(
     """
     numbered = Numbered(data.train)
     watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
-    trainer = VLMTrainer(
-        model=model,
-        parts=loaded.parts,
-        projector_learning_rate=settings.projector_learning_rate,
-        lengths=data.train.lengths if settings.group_by_length else None,
-        finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.name),
-        args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
-        train_dataset=numbered,
-        eval_dataset=data.validation,
-        data_collator=NumberedBatch(data.reader.batch, numbered),
-        callbacks=[*callbacks, *watched, LossProgress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with tracked(trainer, settings.trackers, folder.parent):
-        with checkpointing(loaded.model, settings):
-            train_guarded(trainer, folder, settings)
-        validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    with sped_up(model, loaded.parts, settings) as positions:
+        trainer = VLMTrainer(
+            model=model,
+            parts=loaded.parts,
+            positions=positions,
+            projector_learning_rate=settings.projector_learning_rate,
+            lengths=data.train.lengths if settings.group_by_length else None,
+            finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.name),
+            args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
+            train_dataset=numbered,
+            eval_dataset=data.validation,
+            data_collator=NumberedBatch(data.reader.batch, numbered),
+            callbacks=[*callbacks, *watched, LossProgress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with tracked(trainer, settings.trackers, folder.parent):
+            with checkpointing(loaded.model, settings):
+                train_guarded(trainer, folder, settings)
+            validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),

@@ -27,6 +27,7 @@ from hydra_vlm.training.checkpoints import write_whole
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import NUMBERS
+from hydra_vlm.training.supervised import SupervisedPositions
 
 PROJECTOR_FILE = "projector.safetensors"
 UNLOGGED = "unlogged_losses"  # in trainer_state.json, among the states of callbacks
@@ -41,10 +42,12 @@ class VLMTrainer(Trainer):
         parts: ModelParts,
         projector_learning_rate: float | None = None,
         lengths: Sequence[int] | None = None,
+        positions: SupervisedPositions | None = None,
         finite: FiniteSteps | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.positions = positions
         self.finite = finite
         if finite is not None:
             self.add_callback(finite)  # after those that read gradients
@@ -69,6 +72,12 @@ class VLMTrainer(Trainer):
             groups = [{"params": outside, **decay}, {"params": inside, "lr": rate, **decay}]
             self.optimizer = optimizer_class([g for g in groups if g["params"]], **options)
         return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, after the supervised positions were read from the batch's labels."""
+        if self.positions is not None:
+            self.positions.read(inputs.get("labels"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         for callback in self.callback_handler.callbacks:
