@@ -23,9 +23,12 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.lora import attach, detach
 from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
+from hydra_vlm.processes import by_first, count
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
+from hydra_vlm.training.even_batches import WithBlanks, blanking
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.sharding import Unreached, bring_back, require_resumable, to_take_apart, training_device
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
 FULL = "full"  # the name of the baseline that trains the whole decoder
@@ -133,20 +136,23 @@ def finetune(
     validation loss at `settings.watch_steps`; training goes on as it would without.
     """
     watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
+    checkpoint = require_resumable(by_first(lambda: last_whole_checkpoint(folder)))
+    opened, several = to_take_apart(model), count() > 1
     trainer = VLMTrainer(
-        model=model,
+        model=opened,
         parts=loaded.parts,
         projector_learning_rate=settings.projector_learning_rate,
         lengths=data.train.lengths if settings.group_by_length else None,
-        args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.reader.batch,
-        callbacks=[*callbacks, *watched, LossProgress()],
+        args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),
+        train_dataset=WithBlanks(data.train) if several else data.train,
+        eval_dataset=WithBlanks(data.validation) if several and data.validation else data.validation,
+        data_collator=blanking(data.reader.batch) if several else data.reader.batch,
+        callbacks=[*callbacks, *watched, *([Unreached(loaded.parts)] if several else []), LossProgress()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    bring_back(opened, model)
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),
@@ -187,6 +193,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -210,7 +217,7 @@ def split_batch(settings: TrainingConfig, devices: int) -> tuple[int, int]:
     """
     per_device = settings.device_batch_size or settings.batch_size // devices
     accumulation, rest = divmod(settings.batch_size, max(1, per_device * devices))
-    if rest or not accumulation:
+    if rest or not accumulation or not per_device:
         raise ConfigError(
             f"training.batch_size {settings.batch_size} is not a multiple of device_batch_size {per_device} x "
             f"{devices} device(s): change one of them"
