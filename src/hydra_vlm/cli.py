@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hydra_vlm import processes
 from hydra_vlm.errors import ConfigError, HydraError
 from hydra_vlm.faults import is_disk_full
 from hydra_vlm.interruption import Interrupted, ending_in_order
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+SHARED = ("train", "profile", "tune", "pretrain")  # commands that several processes may run together
 
 data_app = typer.Typer(help="Benchmarks and data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -353,7 +356,8 @@ def tune(
     settings = _config(config, context.args)
     from hydra_vlm.tune import tune as run
 
-    _report(run(settings, out, _say).path, as_json)
+    folder = run(settings, out, _say).path
+    processes.by_first(lambda: _report(folder, as_json))
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -501,6 +505,22 @@ def export(
 
 
 @app.command()
+def devices(
+    form: Annotated[
+        Literal["ddp", "fsdp", "zero2", "zero3"],
+        typer.Argument(help="The whole model on every GPU (ddp), or in parts: FSDP, DeepSpeed ZeRO-2, ZeRO-3."),
+    ],
+) -> None:
+    """Print where the shipped file is that makes `accelerate launch` use several GPUs.
+
+    accelerate launch --config_file "$(hydra-vlm devices fsdp)" --num_processes 8 -m hydra_vlm train …
+    """
+    from hydra_vlm.config import RECIPES
+
+    print(RECIPES / "accelerate" / f"{form}.yaml")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: JsonOption = False,
@@ -587,6 +607,7 @@ def _config(first: str | None, rest: list[str]) -> Any:
         path, words = Path(first), rest
     config = load_config(path, split_overrides(words))
     _quiet_transformers()
+    processes.join(config.device)
     return config
 
 
@@ -598,26 +619,30 @@ def _quiet_transformers() -> None:
 
 
 def _say(line: str) -> None:
-    """Progress goes to standard error, results to standard output."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress goes to standard error, results to standard output; of several processes the first one speaks."""
+    if processes.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Run the command line; an error the user can put right is one line, without a traceback."""
     try:
-        with ending_in_order():
+        with processes.one_voice(), ending_in_order():
+            processes.require_shared(sys.argv[1:], SHARED)
             app()
     except HydraError as problem:
-        _say(f"error: {problem}")
-        sys.exit(2)
+        if processes.is_first_to_say(str(problem)):
+            _say(f"error: {problem}")
+        sys.exit(processes.FAILED)
     except Interrupted as stop:
-        _say(str(stop))
+        if processes.is_first():
+            _say(str(stop))
         sys.exit(stop.code)
     except OSError as problem:
         if not is_disk_full(problem):
             raise
         _say(f"error: no room on the disk for {problem.filename or 'a file'}: make room and repeat the command")
-        sys.exit(2)
+        sys.exit(processes.FAILED)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,6 @@ class TrainingConfig(_Section):
     def _listed(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
-
     @model_validator(mode="after")
     def _offloads_checkpoints(self) -> "TrainingConfig":
         if self.offload_activations and not self.gradient_checkpointing:

@@ -34,6 +34,7 @@ from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.processes import by_first, in_turn, shards_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, open_run
@@ -52,6 +53,7 @@ from hydra_vlm.training.recipe import (
     resolve_bf16,
     trains_projector,
 )
+from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, require_gradients, training_device
 from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
@@ -101,18 +103,21 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
             nearest=f"Lower it to {longest} or less.",
         )
     require_trackers(config.training.trackers)
-    bf16 = resolve_bf16(config.training, loaded.model.device)
+    bf16 = resolve_bf16(config.training, training_device(loaded.model))
     say(batch_arithmetic(config.training))
-    folder = open_run(out, config, environment(str(loaded.model.device), "bf16 autocast" if bf16 else "fp32"))
-    write_json(folder.graph, graph.to_json())
-    train, validation, tasks = _records(config, folder)
-    write_examples(folder.path, tasks)
-    data = _encode(loaded, config, reader, train, validation, tasks, folder, say)
+    place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
+    folder = by_first(lambda: open_run(out, config, environment(place, precision)))
+    by_first(lambda: write_json(folder.graph, graph.to_json()))
+    train, validation, tasks = by_first(lambda: _records(config, folder))
+    by_first(lambda: write_examples(folder.path, tasks))
+    data = in_turn(lambda: _encode(loaded, config, reader, train, validation, tasks, folder, say))
     return Study(config, folder, graph, data, tasks, loaded)
 
 
 def open_model(config: Config) -> LoadedModel:
     """The configuration's model, freshly loaded, with the parts that are to be adapted."""
+    if shards_model():
+        return load_to_take_apart(config)
     where = (config.device, config.decoder_pattern, config.adapt)
     return load_model(config.model, *where, config.dtype, config.quantization)
 
@@ -134,10 +139,12 @@ def scaling_of(config: Config) -> Scaling:
 def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     """The gradient-norm profile of a short uniform LoRA run (Eq. 1), read back if it was measured before."""
     stored = study.folder.profile
-    if stored.is_file():
-        profile = read_value(stored, GradientNormProfile.from_json, "remove it, and it is measured again")
-        require_same_graph(profile, study.graph)
-        return profile
+    advice = "remove it, and it is measured again"
+    before = by_first(lambda: read_value(stored, GradientNormProfile.from_json, advice) if stored.is_file() else None)
+    if before is not None:
+        require_same_graph(before, study.graph)
+        return before
+    require_gradients()
     settings = study.config.profile
     budget = study.budget
     rank = settings.rank or budget.rank
@@ -149,15 +156,24 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9, "trackers": ()})
     scratch = study.folder.path / "profile-run"
     unvalidated = replace(study.data, validation=None)
-    shutil.rmtree(scratch, ignore_errors=True)
+    by_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
     with adapting(study.base, schedule, training, settings.seed) as model:
         say(adaptation_summary(model, study.base.parts))
         callback = GradientNormCallback(model, study.base.parts)
         finetune(model, study.base, unvalidated, training, settings.seed, scratch, [callback])
         profile = callback.profile(settings.skip)
+    by_first(lambda: _keep_profile(profile, stored, scratch))
+    return profile
+
+
+def _keep_profile(profile: GradientNormProfile, stored: Path, scratch: Path) -> None:
     shutil.rmtree(scratch)
     write_json(stored, profile.to_json())
-    return profile
+
+
+def finished(stored: Path) -> TrialRecord | None:
+    """The record of a finished trial; None where there is none yet."""
+    return read_value(stored, TrialRecord.from_json, DAMAGED_RECORD) if stored.is_file() else None
 
 
 def run_trial(
@@ -175,15 +191,16 @@ def run_trial(
     the validation loss now and then; what it raises ends the trial.
     """
     folder = study.folder.trial(f"{name}-seed{seed}")
-    if (folder / "record.json").is_file():
-        return read_value(folder / "record.json", TrialRecord.from_json, DAMAGED_RECORD)
+    before = by_first(lambda: finished(folder / "record.json"))
+    if before is not None:
+        return before
     say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
     started = time.monotonic()
     settings = study.config.training
     if learning_rate is not None:
         settings = settings.model_copy(update={"learning_rate": learning_rate})
     with _trained(study, name, schedule, seed, settings, folder, watch) as done:
-        scores = answer_and_score(study, done.model, folder)
+        scores = by_first(lambda: answer_and_score(study, done.model, folder))
     record = TrialRecord(
         name=name,
         seed=seed,
@@ -194,10 +211,14 @@ def run_trial(
         scores=scores,
         seconds=time.monotonic() - started,
     )
-    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in done.train_losses))
+    by_first(lambda: _keep_record(record, folder))
+    return record
+
+
+def _keep_record(record: TrialRecord, folder: Path) -> None:
+    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in record.train_losses))
     write_json(folder / "record.json", record.to_json())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return record
 
 
 @contextmanager
@@ -218,12 +239,12 @@ def _trained(
         settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
         opened = prepare(loaded, None, settings, seed)
         done = finetune(opened, loaded, study.data, settings, seed, folder / "checkpoints", watch=watch)
-        keep_weights(loaded, done.model, None, folder)
+        by_first(lambda: keep_weights(loaded, done.model, None, folder))
         yield done
     else:
         with adapting(study.base, schedule, settings, seed) as opened:
             done = finetune(opened, study.base, study.data, settings, seed, folder / "checkpoints", watch=watch)
-            keep_weights(study.base, done.model, schedule, folder)
+            by_first(lambda: keep_weights(study.base, done.model, schedule, folder))
             yield done
 
 
@@ -242,7 +263,8 @@ def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...
     """Answer the test questions, keep what was said and how it was judged; returns the scores."""
     settings, training = study.config.evaluation, study.config.training
     how = Answering(settings.batch_size, settings.max_new_tokens, training.cache_gigabytes)
-    answer_tasks(model, study.data.reader, study.tasks, folder, how)
+    with on_training_device(model):
+        answer_tasks(model, study.data.reader, study.tasks, folder, how)
     return finish(folder, study.tasks)
 
 
@@ -280,7 +302,8 @@ def _encode(
     images = {r.image for r in (*train, *validation) if r.image}
     disk = config.training.disk_cache_gigabytes
     store = FeatureStore(folder.path / "features", disk) if disk else None
-    features = tower_features(loaded, reader, images, tasks, config.training.cache_gigabytes, say, store)
+    with on_training_device(loaded.model):
+        features = tower_features(loaded, reader, images, tasks, config.training.cache_gigabytes, say, store)
     reader = with_features(reader, features or None)
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     length = min(config.data.max_length, longest)

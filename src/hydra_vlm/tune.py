@@ -5,6 +5,7 @@ from its last checkpoint. Killed at any moment and started again with the same c
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hydra_vlm.allocation import AllocationRequest, allocate
@@ -12,6 +13,7 @@ from hydra_vlm.config import Config
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import read_schedule, require_schedule_fits
+from hydra_vlm.processes import by_first
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.schedule import RankSchedule
@@ -48,7 +50,7 @@ def allocate_all(study: Study, profile: GradientNormProfile) -> dict[str, RankSc
     wanted = [name for name in study.config.schedules if name != FULL]
     schedules = {name: replace(allocate(name, request), name=name) for name in wanted}
     for name, schedule in schedules.items():
-        write_json(study.folder.schedule(name), schedule.to_json())
+        by_first(partial(write_json, study.folder.schedule(name), schedule.to_json()))
     return schedules
 
 
@@ -85,5 +87,5 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
         return schedule.name, schedule
     profile = None if wish in ("uniform", "random") else measure_profile(study, say)
     schedule = allocate(wish, allocation_request(study.config, study.graph, profile))
-    write_json(study.folder.schedule(schedule.name), schedule.to_json())
+    by_first(lambda: write_json(study.folder.schedule(schedule.name), schedule.to_json()))
     return schedule.name, schedule

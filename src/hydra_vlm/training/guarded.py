@@ -9,9 +9,11 @@ from hydra_vlm.config import TrainingConfig
 from hydra_vlm.errors import CheckpointError, DataError, HydraError
 from hydra_vlm.faults import disk_full_told, first_line, out_of_memory_told
 from hydra_vlm.interruption import Interrupted, held_back
+from hydra_vlm.processes import by_first
 from hydra_vlm.training.checkpoints import kept, last_whole_checkpoint
 from hydra_vlm.training.interrupting import StopOnRequest
 from hydra_vlm.training.progress import tell
+from hydra_vlm.training.sharding import require_resumable
 
 Estimate = Callable[[], str]
 """A sentence on how much memory the run was expected to take."""
@@ -28,7 +30,7 @@ def train_guarded(trainer: Any, folder: Path, settings: TrainingConfig, estimate
         OutOfMemoryError, DiskFullError, CheckpointError, DataError: with what is kept and what to do.
         Interrupted: after a checkpoint at the end of the step in which a signal came.
     """
-    whole = last_whole_checkpoint(folder, tell)
+    whole = require_resumable(by_first(lambda: last_whole_checkpoint(folder, tell)))
 
     def doing() -> str:
         return f"in optimizer step {trainer.state.global_step + 1}"

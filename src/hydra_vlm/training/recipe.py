@@ -23,12 +23,15 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.lora import attach, detach
 from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
+from hydra_vlm.processes import count
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.training.even_batches import WithBlanks, blanking
 from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
 from hydra_vlm.training.guarded import train_guarded
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.sharding import Unreached, bring_back, to_take_apart, training_device
 from hydra_vlm.training.speed import sped_up
 from hydra_vlm.training.trackers import report_arguments, tracked
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
@@ -143,25 +146,28 @@ def finetune(
     """
     numbered = Numbered(data.train)
     watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
-    with sped_up(model, loaded.parts, settings) as positions:
+    opened, several = to_take_apart(model), count() > 1
+    batch = NumberedBatch(data.reader.batch, numbered)
+    with sped_up(opened, loaded.parts, settings) as positions:
         trainer = VLMTrainer(
-            model=model,
+            model=opened,
             parts=loaded.parts,
             positions=positions,
             projector_learning_rate=settings.projector_learning_rate,
             lengths=data.train.lengths if settings.group_by_length else None,
             finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.name),
-            args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
-            train_dataset=numbered,
-            eval_dataset=data.validation,
-            data_collator=NumberedBatch(data.reader.batch, numbered),
-            callbacks=[*callbacks, *watched, LossProgress()],
+            args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),
+            train_dataset=WithBlanks(numbered) if several else numbered,
+            eval_dataset=WithBlanks(data.validation) if several and data.validation else data.validation,
+            data_collator=blanking(batch) if several else batch,
+            callbacks=[*callbacks, *watched, *([Unreached(loaded.parts)] if several else []), LossProgress()],
         )
         trainer.remove_callback(PrinterCallback)
         with tracked(trainer, settings.trackers, folder.parent):
             with checkpointing(loaded.model, settings):
                 train_guarded(trainer, folder, settings)
             validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    bring_back(opened, model)
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),
@@ -203,6 +209,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -226,7 +233,7 @@ def split_batch(settings: TrainingConfig, devices: int) -> tuple[int, int]:
     """
     per_device = settings.device_batch_size or settings.batch_size // devices
     accumulation, rest = divmod(settings.batch_size, max(1, per_device * devices))
-    if rest or not accumulation:
+    if rest or not accumulation or not per_device:
         raise ConfigError(
             f"training.batch_size {settings.batch_size} is not a multiple of device_batch_size {per_device} x "
             f"{devices} device(s): change one of them"

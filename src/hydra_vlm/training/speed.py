@@ -9,13 +9,20 @@ from torch import nn
 
 from hydra_vlm.config import TrainingConfig
 from hydra_vlm.models.structure import ModelParts
+from hydra_vlm.processes import shards_model
 from hydra_vlm.training.fused import fused_layers
 from hydra_vlm.training.supervised import SupervisedPositions, supervised_only
 
 
 @contextmanager
 def sped_up(model: nn.Module, parts: ModelParts, settings: TrainingConfig) -> Iterator[SupervisedPositions | None]:
-    """The model (PEFT's or bare) with what `settings` asks for; the positions are to be told each batch's labels."""
+    """The model (PEFT's or bare) with what `settings` asks for; the positions are to be told each batch's labels.
+
+    A model that FSDP or DeepSpeed take apart is left as it is: they hook on the modules that would be replaced.
+    """
+    if shards_model():
+        yield None
+        return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with ExitStack() as undo:
         undo.enter_context(without_key_cache(base))
