@@ -47,9 +47,9 @@ def file_digest(path: Path, cache: Path) -> str:
                 return str(known[1])
             found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except (OSError, ValueError) as problem:
-        raise DataError(f"data file {path} does not exist or cannot be read ({problem}): give a LLaVA-format file") from (
-            None
-        )
+        raise DataError(
+            f"data file {path} does not exist or cannot be read ({problem}): give a LLaVA-format file"
+        ) from (None)
     if seen.st_size > SMALL:
         write_json(note, [state, found])
     return found

@@ -42,26 +42,34 @@ def image_fault(path: str, folder: str | None, max_pixels: int) -> str:
 
     Decodes it whole.
     """
+    return place_fault(path, folder) or examine(path, max_pixels)[1]
+
+
+def place_fault(path: str, folder: str | None) -> str:
+    """Whether the file is missing, or a link leads out of the resolved `folder` (None: anywhere); "" if neither."""
     if not os.path.isfile(path):
         return f"image {path} does not exist"
     if folder is not None and os.path.commonpath((real := os.path.realpath(path), folder)) != folder:
         return f"image {path} lies outside the image folder: a link leads to {real}"
+    return ""
+
+
+def examine(path: str, max_pixels: int) -> tuple[tuple[int, int] | None, str]:
+    """(width, height) and what is wrong ("" for nothing) with an image; decoded whole unless it is too large."""
+    size = None
     try:
-        fault = size_fault(path, max_pixels)
+        size = header_size(path)
+        fault = size_fault(path, size, max_pixels)
         if not fault:
             decode(path)
     except DataError as problem:
-        return str(problem)
-    return fault
+        return size, str(problem)
+    return size, fault
 
 
-def size_fault(path: str, max_pixels: int) -> str:
-    """Whether the file's header promises more pixels than allowed, as it is or made square; "" if not.
-
-    Raises:
-        DataError: there is no header.
-    """
-    width, height = header_size(path)
+def size_fault(path: str, size: tuple[int, int], max_pixels: int) -> str:
+    """Whether an image of this (width, height) has more pixels than allowed once it is made square; "" if not."""
+    width, height = size
     pixels = max(width, height) ** 2
     if pixels <= max_pixels:
         return ""

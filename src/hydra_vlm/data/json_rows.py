@@ -29,14 +29,21 @@ _WIDE |= {codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 class JsonRow(NamedTuple):
-    """One row: its number from 0, its line from 1, its first byte and its bytes, its value or what is wrong with it."""
+    """One row: its number from 0, its lines from 1 (the first, and where reading goes on), its first byte and how many
+    it has, its value, and what is wrong with it ("" for nothing)."""
 
     number: int
     line: int
+    end_line: int
     offset: int
     size: int
     value: Any
     fault: str
+
+    @property
+    def behind(self) -> "Place":
+        """Where reading goes on."""
+        return Place(self.number + 1, self.end_line, self.offset + self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class Place:
     offset: int = 0
 
 
-def rows_of(path: Path, start: Place = Place()) -> Iterator[JsonRow]:  # noqa: B008 (a frozen value)
+def rows_of(path: Path, start: Place = Place()) -> Iterator[JsonRow]:
     """Every row of a file: of one JSON list, or one row a line (`.jsonl`, `.ndjson`, or a file that begins with `{`).
 
     A byte order mark of UTF-8 and line ends of any kind are read over. `start` is the place behind a row that was read
@@ -60,9 +67,9 @@ def rows_of(path: Path, start: Place = Place()) -> Iterator[JsonRow]:  # noqa: B
     try:
         file = path.open("rb")
     except (OSError, ValueError) as problem:
-        raise DataError(f"data file {path} does not exist or cannot be read ({problem}): give a LLaVA-format file") from (
-            None
-        )
+        raise DataError(
+            f"data file {path} does not exist or cannot be read ({problem}): give a LLaVA-format file"
+        ) from (None)
     with file:
         opening = file.read(4096)
         skipped = _byte_order_mark(path, opening)
@@ -184,8 +191,8 @@ class _Window:
             self._strict.noted.clear()
             try:
                 value, end = self._strict.decoder.raw_decode(self.text, self.position)
-                if end < len(self.text) or self.ended:
-                    break
+                if self.ended or end < len(self.text) - (32 if isinstance(value, int | float) else 0):
+                    break  # the start of a number is a number, too
             except (ValueError, RecursionError) as found:
                 problem = found
             if isinstance(problem, RecursionError) or self.ended or len(self.text) - self.position > LONGEST:
@@ -196,7 +203,7 @@ class _Window:
         self._advance(end)
         fault = self._strict.fault(value, text) if len(text) <= LONGEST else _syntax(None)
         self.number += 1
-        return JsonRow(self.number - 1, line, offset, self.offset - offset, value, fault)
+        return JsonRow(self.number - 1, line, self.line, offset, self.offset - offset, value, fault)
 
     def broken(self, what: str, position: int | None = None) -> DataError:
         """The error that ends the reading, at a position in the text (default: here)."""
@@ -247,7 +254,7 @@ def _lines(file: BinaryIO, start: Place) -> Iterator[JsonRow]:
         text = raw.decode("utf-8", "surrogateescape").strip(" \t\r\n")
         if text:
             value, fault = strict.read(text) if size <= LONGEST else (None, _syntax(None))
-            yield JsonRow(number, line, offset, size, value, fault)
+            yield JsonRow(number, line, line + 1, offset, size, value, fault)
             number += 1
         offset += size
         line += 1

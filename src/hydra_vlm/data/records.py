@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra_vlm.data.image_files import MAX_PIXELS, image_fault, path_fault
+from hydra_vlm.data.image_files import MAX_PIXELS, image_fault, path_fault, place_fault, resolved
 from hydra_vlm.data.json_rows import rows_of
 from hydra_vlm.errors import DataError
 
@@ -40,14 +40,16 @@ def read_records(path: Path, images: Path | None = None) -> list[Record]:
         DataError: naming file, index and reason for (up to ten of) the bad records.
     """
     folder = Path(images) if images else Path(path).parent
+    root = resolved(folder)
     records, problems, number = [], [], -1
-    for number, _, _, _, value, fault in rows_of(Path(path)):
+    for row in rows_of(Path(path)):
+        number = row.number
         try:
-            if fault:
-                raise ValueError(fault)
-            record = record_of(value, number, folder)
-            if record.image is not None and not Path(record.image).is_file():
-                raise ValueError(f"image {record.image} does not exist")
+            if row.fault:
+                raise ValueError(row.fault)
+            record = record_of(row.value, number, folder)
+            if record.image is not None and (misplaced := place_fault(record.image, root)):
+                raise ValueError(misplaced)
             records.append(record)
         except ValueError as problem:
             problems.append(f"record {number}: {problem}")
@@ -81,9 +83,14 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def sample(items: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:
     """At most `limit` items (None: all), chosen by `seed`, in their original order."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    return [items[i] for i in sample_numbers(len(items), limit, seed)]
+
+
+def sample_numbers(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:
+    """The positions that `sample` chooses of `count`."""
+    if limit is None or limit >= count:
+        return range(count)
+    return sorted(random.Random(seed).sample(range(count), limit))
 
 
 def record_of(item: Any, index: int, folder: Path) -> Record:
@@ -129,10 +136,10 @@ def _rounds(turns: list[Any]) -> Iterable[tuple[str, str]]:
         yield human["value"], answer["value"]
 
 
-def raise_bad(path: Path, problems: Sequence[str]) -> None:
+def raise_bad(path: Path, problems: Sequence[str], remedy: str = "") -> None:
     """Raises DataError with the number of bad records and the first of them, where there are any."""
     if not problems:
         return
     shown = "\n  ".join(problems[:_SHOWN])
     more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise DataError(f"{path}: {len(problems)} bad record(s), nothing was trained:\n  {shown}{more}")
+    raise DataError(f"{path}: {len(problems)} bad record(s), nothing was trained{remedy}:\n  {shown}{more}")

@@ -21,6 +21,7 @@ from hydra_vlm.graph import DECODER
 from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor
 from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.models.untrusted import refusing_code
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -101,15 +102,18 @@ def load_model(
     weights = resolve_dtype(dtype, place)
     # The CPU kernels of fused attention lose to plain matrix products in the backward pass at bfloat16.
     attention = "eager" if place.type == "cpu" else "sdpa"
-    model = model_class(config).from_pretrained(folder, dtype=weights, attn_implementation=attention)
+    with refusing_code(f"model {folder}"):
+        model = model_class(config).from_pretrained(folder, dtype=weights, attn_implementation=attention)
     model = model.to(place).eval().requires_grad_(False)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
 
 
 def _configuration(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as problem:
+        if "trust_remote_code" in str(problem):
+            raise ConfigError(f"model {folder} brings Python code of its own, which is never run here") from None
         raise ConfigError(f"model {folder}: {problem}") from None
 
 

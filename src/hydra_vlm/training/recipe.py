@@ -17,12 +17,13 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hydra_vlm.config import TrainingConfig
-from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.instruction import Batching, InstructionDataset
 from hydra_vlm.data.readers import Reader
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.lora import attach, detach
 from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
+from hydra_vlm.models.untrusted import refusing_code
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
@@ -141,11 +142,12 @@ def finetune(
         args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=data.reader.batch,
+        data_collator=Batching(data.reader),
         callbacks=[*callbacks, *watched, LossProgress()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    with refusing_code(f"a checkpoint in {folder}"):
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
     return Finetuned(
         model=model.eval(),
