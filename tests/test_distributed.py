@@ -21,10 +21,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from hydra_vlm import processes
-from hydra_vlm.config import RECIPES, load_config, recipe_names
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.config import RECIPES
 from hydra_vlm.profile import GradientNormProfile
-from hydra_vlm.training.recipe import split_batch
 from tiny import save_tiny_model, toy_config, write_toy_data
 
 LOSS, WEIGHT, NORM = 1e-5, 1e-4, 1e-4

@@ -64,6 +64,13 @@ StorageOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the adapter's start and of the data order.")]
+OnBadRowOption = Annotated[
+    Literal["error", "skip"] | None,
+    typer.Option(
+        help="Records that cannot be used: stop, or leave them out and list them (data.on_bad_row, error).",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -154,10 +161,11 @@ def pretrain(
     context: typer.Context,
     config: ConfigArgument = None,
     out: Annotated[Path, typer.Option(help="The run folder; model/ in it is the new model.")] = Path("runs/pretrain"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage I: train the projector on captions, write a new model."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.pretrain import pretrain as run
 
     record = run(settings, out, _say)
@@ -170,10 +178,11 @@ def profile(
     context: typer.Context,
     config: ConfigArgument = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/profile"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure gradient norms in a short LoRA run."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.trials import measure_profile, prepare_study
 
     study = prepare_study(settings, out, _say)
@@ -191,10 +200,11 @@ def train(
     ] = "uniform",
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune with one schedule; keep adapter, answers, scores."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.trials import prepare_study, run_trial
     from hydra_vlm.tune import schedule_for
 
@@ -309,16 +319,44 @@ def worlds(
 
 @data_app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds one folder a benchmark.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="FILE|DIR", help="A LLaVA-format file, or a folder with a folder a benchmark.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="The image folder of FILE (default: its own).", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Check texts and lengths for this model, too: `embedded` or its folder.", show_default=False),
+    ] = None,
+    template: TemplateOption = "auto",
+    max_length: Annotated[int, typer.Option(min=1, help="Longest conversation in tokens, images counted.")] = 1024,
+    max_image_pixels: Annotated[
+        int, typer.Option(min=1, help="An image with more pixels, once it is square, is bad.")
+    ] = 89_478_485,
+    out: Annotated[
+        Path | None, typer.Option(help="Write preflight.json and preflight-rows.jsonl there.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which of the six benchmarks are complete.
+    """Check a data file by row, or a folder of benchmarks.
 
-    Names what the others lack and where to get it. Loads no torch.
+    A LLaVA-format file: every record, every image once and, with --model, every text and length, as training would
+    before it begins; what was checked is remembered. A folder: which of the six benchmarks are complete, what the
+    others lack and where to get it. Loads no torch without --model.
     """
-    from hydra_vlm.commands.data import check_folder
+    from hydra_vlm.commands.data import FileRequest, check_data_file, check_folder
 
-    found = check_folder(folder)
+    if data.is_file():
+        if model is not None:
+            _quiet_transformers()
+        request = FileRequest(data, images, model, template, max_length, max_image_pixels)
+        checked = check_data_file(request, out)
+        print(json.dumps(checked.to_json()) if as_json else checked.table())
+        if checked.bad:
+            raise typer.Exit(1)
+        return
+    found = check_folder(data)
     print(json.dumps([c.to_json() for c in found]) if as_json else "\n".join(c.summary() for c in found))
     if any(c.problem for c in found):
         raise typer.Exit(1)
@@ -350,10 +388,11 @@ def tune(
     context: typer.Context,
     config: ConfigArgument = None,
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it goes on.")] = Path("runs/tune"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Profile, allocate, fine-tune every schedule, compare, report."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.tune import tune as run
 
     folder = run(settings, out, _say).path
@@ -386,6 +425,7 @@ def search(
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished search in it goes on.")] = Path(
         "runs/search"
     ),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best schedule under the budget.
@@ -395,7 +435,7 @@ def search(
     workers may join at any time (`hydra-vlm worker`). Started again after it was stopped or killed, the same command
     goes on; with more --trials, so does a finished search.
     """
-    asked = {"search.trials": trials, "search.sampler": sampler}
+    asked = {"search.trials": trials, "search.sampler": sampler, "data.on_bad_row": on_bad_row}
     settings = _config(
         config, [*context.args, *(f"{key}={value}" for key, value in asked.items() if value is not None)]
     )
@@ -597,10 +637,11 @@ def _scores(scores: Any, as_json: bool) -> None:
             print(f"  average of the six, MME's perception / 20 among them: {mean:.2f}")
 
 
-def _config(first: str | None, rest: list[str]) -> Any:
+def _config(first: str | None, rest: list[str], on_bad_row: str | None = None) -> Any:
     """The configuration of a command that loads a model; transformers' own bars and notices are turned off."""
     from hydra_vlm.config import load_config, split_overrides
 
+    rest = [*rest, f"data.on_bad_row={on_bad_row}"] if on_bad_row else rest
     words = [first, *rest] if first else rest
     path = None
     if first and "=" not in first and not first.startswith("--"):

@@ -43,6 +43,12 @@ class DataConfig(_Section):
     )
     max_length: int = Field(1024, gt=0, description="longest conversation in tokens, image tokens counted")
     validation_limit: int | None = Field(1000, gt=0, description="use at most so many validation records")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="training and validation records that cannot be used: stop, or leave them out and say so"
+    )
+    max_image_pixels: int = Field(
+        89_478_485, gt=0, le=178_956_970, description="an image that has more once it is made square is refused unread"
+    )
 
     @model_validator(mode="before")
     @classmethod

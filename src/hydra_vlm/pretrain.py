@@ -73,7 +73,7 @@ def stage_one(config: Config) -> Config:
 def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:
     """Model and processor as a folder, whole or not there; weights in the source folder's dtype, so that frozen ones
     stay what they were, the projector in float32."""
-    loaded.model.to(AutoConfig.from_pretrained(source).dtype or torch.float32)
+    loaded.model.to(AutoConfig.from_pretrained(source, trust_remote_code=False).dtype or torch.float32)
     if loaded.parts.projector is not None:
         loaded.model.get_submodule(loaded.parts.projector).float()
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its record was written

@@ -20,11 +20,12 @@ from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import finish, write_examples
 from hydra_vlm.benchmarks.suite import Task, tasks_of
 from hydra_vlm.config import Config, TrainingConfig
-from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
+from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin_once
 from hydra_vlm.data.feature_store import FeatureStore
 from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.preflight import Checked, check_file, check_reading, settle
 from hydra_vlm.data.readers import Reader, open_reader
-from hydra_vlm.data.records import Record, check_images, read_records, sample
+from hydra_vlm.data.records import sample_numbers
 from hydra_vlm.data.templates import require_template
 from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.evaluation import answer_tasks, tower_features, with_features
@@ -108,7 +109,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
     place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
     folder = by_first(lambda: open_run(out, config, environment(place, precision)))
     by_first(lambda: write_json(folder.graph, graph.to_json()))
-    train, validation, tasks = by_first(lambda: _records(config, folder))
+    train, validation, tasks = by_first(lambda: _records(config, folder, say))
     by_first(lambda: write_examples(folder.path, tasks))
     data = in_turn(lambda: _encode(loaded, config, reader, train, validation, tasks, folder, say))
     return Study(config, folder, graph, data, tasks, loaded)
@@ -268,44 +269,43 @@ def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...
     return finish(folder, study.tasks)
 
 
-def _records(config: Config, folder: RunFolder) -> tuple[list[Record], list[Record], tuple[Task, ...]]:
-    """Read and check every file before anything is trained; a built-in set is written to the run folder first."""
+def _records(config: Config, folder: RunFolder, say: Say) -> tuple[Checked, Checked | None, tuple[Task, ...]]:
+    """Check every file before anything is trained; a built-in set is written to the run folder first."""
     wish = config.data
     files = (
-        write_builtin(wish.train, folder.path / "data")
+        write_builtin_once(wish.train, folder.path / "data")
         if wish.train in BUILTIN
         else DataFiles(Path(wish.train), wish.validation, wish.tests, wish.images, wish.benchmarks)
     )
-    train = _checked(files.train, files.images)
-    validation = _checked(files.validation, files.images) if files.validation else []
+    sets = [check_file(p, files.images, wish.max_image_pixels) for p in (files.train, files.validation) if p]
+    settle(sets, wish.on_bad_row, folder.path, say)
     tasks = [task.limited(config.evaluation.limit) for task in tasks_of(files, (), folder.path / "images")]
-    return train, sample(validation, wish.validation_limit), tuple(tasks)
-
-
-def _checked(path: Path, images: Path | None) -> list[Record]:
-    records = read_records(path, images)
-    check_images(path, records)
-    return records
+    return sets[0], sets[1] if files.validation else None, tuple(tasks)
 
 
 def _encode(
     loaded: LoadedModel,
     config: Config,
     reader: Reader,
-    train: Sequence[Record],
-    validation: Sequence[Record],
+    train: Checked,
+    validation: Checked | None,
     tasks: Sequence[Task],
     folder: RunFolder,
     say: Say,
 ) -> InstructionData:
-    """Encode texts, and the images too where the frozen tower's features can be kept in memory or on disk."""
-    images = {r.image for r in (*train, *validation) if r.image}
+    """Measure texts; encode images where the frozen tower's features can be kept in memory or on disk."""
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    length = min(config.data.max_length, longest)
+    sets = [check_reading(train, reader, length)]
+    if validation is not None:
+        chosen = sample_numbers(len(validation.records), config.data.validation_limit)
+        sets.append(check_reading(replace(validation, records=validation.records.select(chosen)), reader, length))
+    settle(sets, config.data.on_bad_row, folder.path, say)
+    images = {path for checked in sets for _, path in checked.records.images()}
     disk = config.training.disk_cache_gigabytes
     store = FeatureStore(folder.path / "features", disk) if disk else None
     with on_training_device(loaded.model):
         features = tower_features(loaded, reader, images, tasks, config.training.cache_gigabytes, say, store)
     reader = with_features(reader, features or None)
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
-    length = min(config.data.max_length, longest)
-    sets = [InstructionDataset(rs, reader, length) for rs in (train, validation)]
-    return InstructionData(sets[0], sets[1] if validation else None, reader)
+    data = [InstructionDataset.of_checked(checked, reader) for checked in sets]
+    return InstructionData(data[0], data[1] if validation is not None else None, reader)

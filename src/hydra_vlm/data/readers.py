@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hydra_vlm.data.batches import stack
 from hydra_vlm.data.features import image_inputs, load_image
+from hydra_vlm.data.image_files import header_size
 from hydra_vlm.data.records import IMAGE_TOKEN, Record
 from hydra_vlm.data.templates import (
     AUTO,
@@ -262,10 +263,7 @@ class SuffixReader:
 
 def image_size(path: str | None) -> tuple[int, int] | None:
     """(width, height) from the file's header."""
-    if path is None:
-        return None
-    with Image.open(path) as image:
-        return image.size
+    return None if path is None else header_size(path)
 
 
 def _opened(path: str | None) -> Image.Image | None:

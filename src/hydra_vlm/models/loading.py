@@ -22,6 +22,7 @@ from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor
 from hydra_vlm.models.quantization import NONE, quantized_loading, require_quantizable
 from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.models.untrusted import refusing_code
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -106,7 +107,8 @@ def load_model(
     attention = "eager" if place.type == "cpu" else "sdpa"
     kind = model_class(config)
     how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
-    model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
+    with refusing_code(f"model {folder}"):
+        model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
     model = (model if how else model.to(place)).eval().requires_grad_(False)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
 
@@ -114,8 +116,10 @@ def load_model(
 def model_configuration(folder: Path) -> PreTrainedConfig:
     """The configuration of a saved model; raises ConfigError for a kind that transformers does not know."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as problem:
+        if "trust_remote_code" in str(problem):
+            raise ConfigError(f"model {folder} brings Python code of its own, which is never run here") from None
         raise ConfigError(f"model {folder}: {problem}") from None
 
 
