@@ -102,9 +102,6 @@ def test_four_bits_are_refused_where_the_base_is_trained_or_the_device_cannot(
         pretrain(full.model_copy(update={"schedules": ("uniform",)}), tmp_path / "run")
     with pytest.raises(ConfigError, match="device mps"):
         quantization.require_quantizable("nf4", torch.device("mps"))
-    narrow = save_tiny_model(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match=r"q_proj has 32 inputs.*multiple of 64"):
-        load_model(str(narrow), "cpu", quantization="nf4")
 
 
 def test_offloading_needs_checkpointing() -> None:
@@ -117,10 +114,10 @@ def test_offloading_needs_checkpointing() -> None:
 @tolerates_bitsandbytes
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_a_base_in_four_bits_trains_and_is_left_as_it_was(optimizer: str, tmp_path: Path, toy_data: Path) -> None:
-    model = save_tiny_model(tmp_path / "model", hidden=64, intermediate=128)
+    model = save_tiny_model(tmp_path / "model", layers=2)
     config = toy_config(
         model, toy_data, "quantization=nf4", f"training.optimizer={optimizer}", "training.learning_rate=0.02",
-        "training.steps=30", "training.gradient_checkpointing=true",
+        "training.steps=12", "training.gradient_checkpointing=true",
     )  # fmt: skip
     loaded = load_model(str(model), "cpu", quantization="nf4")
     kinds = linear_kinds(loaded)
@@ -128,8 +125,8 @@ def test_a_base_in_four_bits_trains_and_is_left_as_it_was(optimizer: str, tmp_pa
     assert {kind for name, kind in kinds.items() if name not in loaded.parts.names()} == {"Linear"}
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     losses, adapter = trained(loaded, config, tmp_path / "first")
-    assert losses[-1] < 0.8 * losses[0]
-    answer(loaded)  # the CPU kernel repacks weights when it first answers
+    assert losses[-1] < 0.9 * losses[0]
+    answer(loaded)  # bitsandbytes would repack the weights now
     again, same = trained(loaded, config, tmp_path / "second")
     assert again == pytest.approx(losses, abs=1e-4)
     assert all(torch.allclose(tensor, same[name], atol=1e-3) for name, tensor in adapter.items())

@@ -2,11 +2,12 @@
 
     python tools/bench_plan.py [--size embedded,larger] [--folder DIR]
 
-Each case runs in a process of its own. The baseline is the resident memory after all imports, before there is a model;
-then the model is loaded, the kernel's high-water mark is reset (so that loading does not count), the real recipe runs,
-and the mark is read. Large blocks are handed back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), and there
-is one arena, since otherwise the mark shows what glibc keeps for later as well. FLOPs are counted by torch's
-FlopCounterMode in one more step. Eager attention, which is what the CPU uses.
+Each case runs in a process of its own. The baseline is the resident memory after all imports and one step over one row
+with the embedded model, which is then deleted, so that what libraries set up at their first use is in it. Then the model
+is loaded, the kernel's high-water mark is reset (loading does not count), the real recipe runs, and the mark is read.
+Large blocks are handed back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), and there is one arena, since
+otherwise the mark shows what glibc keeps for later as well. FLOPs are counted by torch's FlopCounterMode in one more
+step. Attention is eager, as it is on the CPU.
 """
 
 import argparse
@@ -103,6 +104,10 @@ def measure(size: str, phase: str, overrides: list[str], folder: str) -> dict[st
     )  # fmt: skip
     plan = planner_of(config, Device("cpu", 64 * GIB, ""))(config)
     told = plan.phase(phase)
+    warm = config.model_copy(update={"training": config.training.model_copy(update={"batch_size": 1})})
+    one = records(Path(folder) / "data-1", 1, 4)
+    warm = warm.model_copy(update={"data": warm.data.model_copy(update={"train": str(one)})})
+    prepared(load_model("embedded", "cpu"), warm, "training", Path(folder))(1)
     gc.collect()
     baseline = resident("VmRSS")
     loaded = load_model(model, "cpu")

@@ -20,7 +20,7 @@ from hydra_vlm.files import read_json
 from hydra_vlm.graph import DECODER
 from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor
-from hydra_vlm.models.quantization import NONE, quantized_loading, require_quantizable
+from hydra_vlm.models.quantization import NONE, keep_trainable, quantized_loading, require_quantizable
 from hydra_vlm.models.structure import ModelParts, find_parts
 from hydra_vlm.models.untrusted import refusing_code
 
@@ -110,6 +110,7 @@ def load_model(
     with refusing_code(f"model {folder}"):
         model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
     model = (model if how else model.to(place)).eval().requires_grad_(False)
+    keep_trainable(model)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
 
 

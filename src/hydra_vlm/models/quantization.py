@@ -15,8 +15,6 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.structure import find_parts
 
 NONE, NF4 = "none", "nf4"
-BLOCK = 64
-"""Weights that share a scale; bitsandbytes' CPU kernel wants rows of whole blocks."""
 
 
 def require_bitsandbytes(asked: str) -> None:
@@ -47,22 +45,12 @@ def require_quantizable(kind: str, place: torch.device) -> None:
 def quantized_loading(
     kind: str, config: PreTrainedConfig, model_class: Any, place: torch.device, dtype: torch.dtype, pattern: str | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` is to be told: nothing for `none`; the modules kept in full are found on the meta device.
-
-    Raises:
-        ConfigError: on a CPU, a projection whose rows are not whole blocks.
-    """
+    """What `from_pretrained` is to be told (`none`: nothing); what is kept in full is found on the meta device."""
     if kind == NONE:
         return {}
     with torch.device("meta"):
         shape: nn.Module = model_class._from_config(config)
     parts = find_parts(shape, pattern)
-    uneven = [name for name in parts.names() if shape.get_submodule(name).in_features % BLOCK]  # type: ignore[operator]
-    if place.type == "cpu" and uneven:
-        raise ConfigError(
-            f"quantization={kind} on the CPU: {uneven[0]} has {shape.get_submodule(uneven[0]).in_features} inputs, and "
-            f"bitsandbytes wants a multiple of {BLOCK} there: set quantization=none, or use a CUDA device"
-        )
     wanted = set(parts.names())
     kept = sorted(n for n, m in shape.named_modules() if isinstance(m, nn.Linear) and n not in wanted)
     wish = BitsAndBytesConfig(
@@ -73,3 +61,14 @@ def quantized_loading(
         llm_int8_skip_modules=kept,
     )
     return {"quantization_config": wish, "device_map": {"": place}}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Have four-bit layers on a CPU compute alike before and after they were first used without gradients.
+
+    bitsandbytes repacks weights for a kernel of processors with AVX-512 when a layer first runs in evaluation mode, and
+    that kernel has no backward pass: an adapter trained after an evaluation would silently get wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
