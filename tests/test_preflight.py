@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hydra_vlm import trials
 from hydra_vlm.data import image_check, json_rows, preflight, record_file
 from hydra_vlm.data.instruction import InstructionDataset
-from hydra_vlm.data.json_rows import Place, rows_of
+from hydra_vlm.data.json_rows import rows_of
 from hydra_vlm.data.preflight import Checked, check_file, check_reading, settle
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.record_file import RecordFile, scan
@@ -342,4 +342,15 @@ def test_a_large_set_keeps_nothing_but_numbers(home: Path, reader: Reader, monke
     assert list(small) == list(large)
     assert isinstance(large.records, RecordFile)
     assert large.lengths.dtype == np.int32
-    assert Place() == Place(0, 1, 0)
+
+
+def test_lengths_alone_are_those_of_whole_items(hostile: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*(json.dumps(record(i, id=f"ä{i}")) for i in range(9)), *FAULTS.values()]
+    done = checked(hostile, lines(hostile, *texts))
+    whole = check_reading(done, reader, 512, hostile / "a")
+    monkeypatch.setattr(preflight, "KEPT_RECORDS", 3)
+    alone = check_reading(done, reader, 512, hostile / "b")
+    assert np.array_equal(whole.lengths, alone.lengths)
+    assert whole.findings == alone.findings
+    assert len(whole.items or {}) == 9
+    assert not alone.items

@@ -40,6 +40,9 @@ _SHOWN = 10
 KEPT_TOKENS = 2**21
 """Of a set with no more tokens than this, what the reader made of the records is kept in memory."""
 
+KEPT_RECORDS = 20_000
+"""Of a set with more records than this, only lengths are taken where the reader can do so."""
+
 OnBadRow = Literal["error", "skip"]
 Items = MutableMapping[int, dict[str, Any]]
 
@@ -243,13 +246,16 @@ def _lengths(records: RecordFile, reader: Any, cache: Path, items: Items) -> tup
 
 
 def _measured(records: RecordFile, numbers: range, reader: Any, items: Items) -> tuple[np.ndarray, list[Finding]]:
+    measure = getattr(reader, "length", None) if len(records) > KEPT_RECORDS else None
     lengths, findings = np.full(len(numbers), -1, np.int32), []
     for place, position in enumerate(numbers):
         record = records[position]
         try:
-            item = reader.item(record)
-            lengths[place] = item["length"]
-            items[position] = item
+            if measure is None:
+                items[position] = reader.item(record)
+                lengths[place] = items[position]["length"]
+            else:
+                lengths[place] = measure(record)
         except Exception as problem:  # chat templates and processors raise what they like
             own = isinstance(problem, DataError)
             reason = str(problem).removeprefix(f"record {record.id}: ")

@@ -28,6 +28,7 @@ from hydra_vlm.data.templates import (
     TEMPLATES,
     Form,
     Segment,
+    count_tokens,
     encode,
     end_mark,
     form_of,
@@ -114,6 +115,12 @@ class SplicingReader:
         ids, labels = self._encode(_written(self, self.form, record), record.image, f"record {record.id}")
         return {"input_ids": ids, "labels": labels, "image": record.image, "length": len(ids)}
 
+    def length(self, record: Record) -> int:
+        """`item`'s length by itself, in half the time: without labels and offsets. Raises as `item` does."""
+        pieces = _written(self, self.form, record)
+        self._require_images(record.image, f"record {record.id}")
+        return count_tokens(pieces, self.tokenizer, getattr(self.processor, "image_tokens", 0))
+
     def batch(self, items: Sequence[Row]) -> dict[str, Tensor]:
         rows = [{key: torch.tensor([item[key]]) for key in ("input_ids", "labels")} for item in items]
         return self._with_images(rows, [item["image"] for item in items], "right")
@@ -128,9 +135,12 @@ class SplicingReader:
         return self._with_images([{"input_ids": torch.tensor([ids])} for ids in encoded], images, "left")
 
     def _encode(self, pieces: Sequence[Segment], image: str | None, where: str) -> tuple[list[int], list[int]]:
+        self._require_images(image, where)
+        return encode(pieces, self.tokenizer, getattr(self.processor, "image_tokens", 0))
+
+    def _require_images(self, image: str | None, where: str) -> None:
         if image is not None and not hasattr(self.processor, "image_tokens"):
             raise DataError(f"{where} has image {image}, but the model is a text decoder: give it text alone")
-        return encode(pieces, self.tokenizer, getattr(self.processor, "image_tokens", 0))
 
     def _with_images(self, rows: Sequence[Row], images: Sequence[str | None], side: str) -> dict[str, Tensor]:
         paths = [path for path in images if path is not None]
