@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "errors": (),
     "faults": ("errors",),
     "interruption": (),
+    "processes": ("errors",),
     "files": ("errors", "faults"),
     "graph": ("errors",),
     "schedule": ("errors", "graph"),
@@ -63,8 +64,10 @@ MAY_IMPORT = {
         "interruption",
         "lora",
         "models",
+        "processes",
         "profile",
         "schedule",
+        "verification",
     ),
     "report": ("benchmarks", "errors", "files", "graph", "profile", "records", "schedule"),
     "planning": ("allocation", "benchmarks", "config", "data", "errors", "graph", "models", "schedule"),
@@ -94,6 +97,7 @@ MAY_IMPORT = {
     "dynamic": None,
     "pretrain": None,
     "cli": None,
+    "__main__": None,
 }
 
 

@@ -188,7 +188,7 @@ def _replace_rotary(source: Any, undo: ExitStack) -> None:
     try:
         same = all(
             torch.allclose(x, y, rtol=CLOSE, atol=CLOSE)
-            for x, y in zip(plain(*drawn, *angles), rotate(*drawn, *angles), strict=True)
+            for x, y in zip(plain(*drawn, *angles), rotate(drawn[0], drawn[1], angles[0], angles[1]), strict=True)
         )
     except (TypeError, ValueError, RuntimeError):  # a function of that name with other arguments
         return

@@ -33,7 +33,7 @@ def sped_up(model: nn.Module, parts: ModelParts, settings: TrainingConfig) -> It
 
 @contextmanager
 def without_key_cache(model: Any) -> Iterator[None]:
-    """No copies of keys and values for a generation that never comes; the Trainer tells the outer configuration alone."""
+    """No copies of keys and values for a generation that never comes; the Trainer sets the outer settings alone."""
     text = model.config.get_text_config()
     before = text.use_cache
     text.use_cache = False
