@@ -41,7 +41,8 @@ MAY_IMPORT = {
         "search",
     ),
     "run_folder": ("config", "errors", "files"),
-    "training": ("config", "data", "errors", "graph", "lora", "models", "profile", "schedule"),
+    "processes": ("errors",),
+    "training": ("config", "data", "errors", "graph", "lora", "models", "processes", "profile", "schedule"),
     "report": ("benchmarks", "errors", "files", "graph", "profile", "records", "schedule"),
     "commands": (
         "allocation",
@@ -68,6 +69,7 @@ MAY_IMPORT = {
     "dynamic": None,
     "pretrain": None,
     "cli": None,
+    "__main__": None,
 }
 
 

@@ -115,8 +115,8 @@ def require_shared(words: Sequence[str], shared: Sequence[str]) -> None:
     """Raises ConfigError where several processes were started for a command that is not made for it."""
     if count() > 1 and (not words or words[0] not in shared):
         raise ConfigError(
-            f"{words[0] if words else 'no command'!r} was started as {count()} processes: only {', '.join(shared)} share "
-            "their work among processes, start others without a launcher"
+            f"{words[0] if words else 'no command'!r} was started as {count()} processes: only {', '.join(shared)} "
+            "share their work among processes, start others without a launcher"
         )
 
 
@@ -156,7 +156,7 @@ def is_first_to_say(message: str) -> bool:
     """Whether no other process of this job has said this: an error that all meet is printed once."""
     if count() == 1:
         return True
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
