@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +17,25 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hydra_vlm import processes
-from hydra_vlm.config import RECIPES
+from hydra_vlm.config import RECIPES, load_config, recipe_names
+from hydra_vlm.errors import ConfigError
 from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.training import sharding
+from hydra_vlm.training.even_batches import EvenBatches, WithBlanks, blanking
+from hydra_vlm.training.recipe import split_batch, training_arguments, validation_batch
+from hydra_vlm.training.trainer import ByLength
 from tiny import save_tiny_model, toy_config, write_toy_data
 
-LOSS, WEIGHT, NORM = 1e-5, 1e-4, 1e-4
+LOSS, WEIGHT, NORM = 5e-6, 1e-6, 1e-5
 """Largest differences allowed: of losses, of the trained weights (learning rate 4e-3), of norms (relative)."""
 
 SECONDS = 900
@@ -94,13 +104,17 @@ class Home:
         assert done.returncode == 0, done.stderr
         return [json.loads(path.with_suffix(f".{rank}.json").read_text()) for rank in (0, 1)], done.stderr
 
-    def record(self, run: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / run / "trials/uniform-seed0/record.json").read_text())
+    def record(self, run: str, name: str = "uniform") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / run / f"trials/{name}-seed0/record.json").read_text())
         return found
 
-    def weights(self, run: str) -> dict[str, torch.Tensor]:
-        adapter = self.folder / run / "trials/uniform-seed0/adapter"
-        return load_file(adapter / "adapter_model.safetensors") | load_file(adapter / "projector.safetensors")
+    def weights(self, run: str, name: str = "uniform") -> dict[str, torch.Tensor]:
+        trial = self.folder / run / f"trials/{name}-seed0"
+        if (trial / "model").is_dir():
+            return load_file(trial / "model/model.safetensors")
+        return load_file(trial / "adapter/adapter_model.safetensors") | load_file(
+            trial / "adapter/projector.safetensors"
+        )
 
     def profile(self, run: str) -> GradientNormProfile:
         return GradientNormProfile.from_json(json.loads((self.folder / run / "profile.json").read_text()))
@@ -117,20 +131,12 @@ def launch(words: list[str], environment: Mapping[str, str] | None = None) -> su
     return subprocess.run([*start, *words], env=own, capture_output=True, text=True, timeout=SECONDS)
 
 
-def require_same(home: Home, run: str, reference: str) -> None:
+def require_same(home: Home, run: str, reference: str, name: str = "uniform") -> None:
     """Losses at every step, validation loss and all trained weights."""
-    expected, found = home.record(reference), home.record(run)
+    expected, found = home.record(reference, name), home.record(run, name)
     losses, others = torch.tensor(found["train_losses"]), torch.tensor(expected["train_losses"])
     assert len(others) == STEPS
-    print(
-        run,
-        "losses",
-        float((losses - others).abs().max()),
-        "validation",
-        found["validation_loss"] - expected["validation_loss"],
-    )
-    pairs = home.weights(run), home.weights(reference)
-    print(run, "weights", max(float((pairs[0][n] - pairs[1][n]).abs().max()) for n in pairs[1]))
+    pairs = home.weights(run, name), home.weights(reference, name)
     torch.testing.assert_close(losses, others, rtol=0, atol=LOSS)
     assert found["validation_loss"] == pytest.approx(expected["validation_loss"], abs=LOSS)
     assert pairs[0].keys() == pairs[1].keys()
@@ -163,14 +169,13 @@ def test_two_processes_train_as_one(home: Home, ddp_and_fsdp: tuple[Any, str], f
     assert [report["sharded"] for report in reports] == [[False, False, True, True]] * 2
     require_same(home, form, "one")
     moved = max(float(value.abs().max()) for name, value in home.weights(form).items() if "lora_B" in name)
-    assert moved > 100 * WEIGHT  # B starts at zero: what was compared was trained
+    assert moved > 1000 * WEIGHT  # B starts at zero: what was compared was trained
 
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_the_profile_is_that_of_one_process(home: Home, ddp_and_fsdp: tuple[Any, str], form: str) -> None:
     expected, found = home.profile("one"), home.profile(form)
     for one, two in ((expected.mean, found.mean), (expected.spread, found.spread)):
-        print(form, float((torch.tensor(two) / torch.tensor(one) - 1).abs().max()))
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=NORM, atol=1e-8)
     assert min(min(pair) for pair in expected.mean) > 1e-4
 
@@ -214,3 +219,173 @@ def test_batches_by_length_and_resuming_with_another_number_of_processes(home: H
         require_same(home, f"by-length-{form}", "by-length")
         for run in (f"one-{form}", f"{form}-one", f"{form}-self"):
             require_same(home, run, "one")
+
+
+@pytest.mark.slow
+def test_the_whole_job_and_the_whole_decoder(home: Home) -> None:
+    """`tune` with two schedules, and training of the whole decoder, broken off and taken up again."""
+    schedules = ("schedules=[uniform,coarse]", *PLAIN)
+    home.on_one(*home.words("tune-one", *schedules, command="tune"))
+    home.on_one(*home.words("full-one", "--schedule", "full", *PLAIN))
+    jobs: list[dict[str, Any]] = []
+    for form, environment in (("ddp", {}), ("fsdp", fsdp())):
+        full = home.words(f"full-{form}", "--schedule", "full", *PLAIN)
+        jobs += [
+            {"words": home.words(f"tune-{form}", *schedules, command="tune"), "environment": environment},
+            {"words": full, "environment": environment, "stop": 3},
+            {"words": full, "environment": environment},
+        ]
+    home.on_two("whole", jobs)
+    for form in ("ddp", "fsdp"):
+        require_same(home, f"full-{form}", "full-one", "full")
+        for name in ("uniform", "coarse"):
+            require_same(home, f"tune-{form}", "tune-one", name)
+        made = [json.loads((home.folder / f"tune-{run}/schedules/coarse.json").read_text()) for run in (form, "one")]
+        assert made[0]["ranks"] == made[1]["ranks"]
+        assert (home.folder / f"tune-{form}/report.html").is_file()
+        assert (home.folder / f"tune-{form}/trials/zero-shot-seed0/record.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["data.train=missing.json"], "missing.json"),  # found by the first process alone
+        (["training.batch_size=3"], "training.batch_size 3 is not a multiple"),  # found by both
+    ],
+)
+def test_an_error_ends_both_processes_and_is_said_once(
+    home: Home, tmp_path: Path, options: list[str], said: str
+) -> None:
+    started = time.monotonic()
+    words = ["-m", "hydra_vlm", "train", str(home.folder / "config.yaml"), "--out", str(tmp_path / "run"), *options]
+    done = launch(words)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == done.stderr.count(said) == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr  # the launcher's report
+    assert "hydra_vlm/" not in done.stderr  # no traceback of ours
+    assert time.monotonic() - started < SECONDS / 2
+
+
+# Without launching anything
+
+
+@pytest.mark.parametrize("processes_", [2, 3])
+@pytest.mark.parametrize("records", [1, 7, 11, 12, 13])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_all_processes_together_read_the_global_batches_of_one(records: int, processes_: int, grouped: bool) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+
+    accumulation, each = 2, 2
+    together = processes_ * accumulation * each
+    lengths = [7 * n % 5 for n in range(records)]
+    order = list(ByLength(lengths, together, seed=0)) if grouped else list(range(records))
+    expected = [order[start : start + together] for start in range(0, records, together)]
+    shares = []
+    for rank in range(processes_):
+        shard = BatchSamplerShard(BatchSampler(order, each, drop_last=False), processes_, rank)
+        shard.batch_sampler = EvenBatches(shard.batch_sampler, processes_)
+        shares.append(list(shard))
+        assert len(shard) == len(shares[-1])
+        assert all(len(batch) == each for batch in shares[-1])
+    assert len({len(share) for share in shares}) == 1
+    for step, batch in enumerate(expected):
+        window = slice(step * accumulation, (step + 1) * accumulation)
+        read = [number for share in shares for micro in share[window] for number in micro]
+        assert sorted(number for number in read if number >= 0) == sorted(batch)
+        assert {~number for number in read if number < 0} <= set(batch)
+    assert len(shares[0]) <= len(expected) * accumulation
+
+
+def test_blanks_have_nothing_supervised() -> None:
+    items = WithBlanks([{"labels": torch.tensor([5, 6])}, {"labels": torch.tensor([7, 8])}])
+    collate = blanking(lambda rows: {"labels": torch.stack([row["labels"].clone() for row in rows])})
+    made = collate([items[1], items[~1], items[~0]])
+    assert made["labels"].tolist() == [[7, 8], [-100, -100], [-100, -100]]
+    assert collate([items[0]])["labels"].tolist() == [[5, 6]]
+    assert len(items) == 2
+
+
+def test_the_global_batch_holds_for_every_number_of_devices() -> None:
+    settings = load_config(None, ["training.batch_size=12", "training.device_batch_size=2"]).training
+    assert [split_batch(settings, n) for n in (1, 2, 3, 6)] == [(2, 6), (2, 3), (2, 2), (2, 1)]
+    assert [validation_batch(settings, n) * n for n in (1, 2, 4)] == [4, 4, 4]
+    one = settings.model_copy(update={"batch_size": 1, "device_batch_size": None})
+    for wrong, devices in ((settings, 4), (one, 2)):
+        with pytest.raises(ConfigError, match="is not a multiple of device_batch_size"):
+            split_batch(wrong, devices)
+
+
+def as_launched(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_several_processes_cannot_do_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.require_shared(["search"], ["train"])  # one process does everything
+    as_launched(monkeypatch)
+    processes.require_shared(["train", "--out", "x"], ["train"])
+    for words in (["search"], []):
+        with pytest.raises(ConfigError, match="only train, tune share"):
+            processes.require_shared(words, ["train", "tune"])
+    with pytest.raises(ConfigError, match="names one device for 2 processes"):
+        processes.join("cuda:1")
+    as_launched(monkeypatch, ACCELERATE_USE_FSDP="true")
+    with pytest.raises(ConfigError, match="fsdp_version: 2"):
+        processes.join("cpu")
+    as_launched(monkeypatch, FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    with pytest.raises(ConfigError, match="without weights"):
+        processes.join("cpu")
+    as_launched(monkeypatch, ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="true")
+    assert processes.shards_model()
+    with pytest.raises(ConfigError, match="cannot be measured under DeepSpeed"):
+        sharding.require_gradients()
+
+
+def test_checkpoints_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert sharding.require_resumable(None) is None
+    with pytest.raises(ConfigError, match=r"has no optimizer\.pt"):
+        sharding.require_resumable(str(tmp_path))
+    for rank in range(4):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+    as_launched(monkeypatch, ACCELERATE_USE_DEEPSPEED="true")
+    with pytest.raises(ConfigError, match=r"written by 4 process\(es\), now there are 2"):
+        sharding.require_resumable(str(tmp_path))
+    as_launched(monkeypatch, WORLD_SIZE="4")
+    assert sharding.require_resumable(str(tmp_path)) == str(tmp_path)
+
+
+def test_shipped_files_are_what_accelerate_reads() -> None:
+    assert {path.stem for path in (RECIPES / "accelerate").iterdir()} == {"ddp", "fsdp", "zero2", "zero3"}
+    assert not {"ddp", "fsdp", "zero2", "zero3"} & set(recipe_names())
+    ddp = launcher("ddp")
+    assert (ddp.multi_gpu, ddp.use_fsdp, ddp.use_deepspeed, ddp.mixed_precision) == (True, False, False, "no")
+    found = fsdp()
+    assert found["FSDP_VERSION"] == "2"
+    assert found["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert found["FSDP_CPU_RAM_EFFICIENT_LOADING"] == found["FSDP_OFFLOAD_PARAMS"] == "false"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_deepspeed_files_take_their_values_from_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: int
+) -> None:
+    arguments = launcher(f"zero{stage}")
+    assert arguments.use_deepspeed
+    fields = load_config_from_file(arguments.config_file).deepspeed_config
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)  # as `accelerate launch` does
+    _, found = prepare_deepspeed_cmd_env(arguments)
+    for name, value in found.items():
+        if name.startswith("ACCELERATE_") and os.environ.get(name) != value:
+            monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+    settings = load_config(None, ["training.batch_size=12", "training.device_batch_size=3"]).training
+    made = training_arguments(settings, 0, tmp_path, torch.device("cpu"))
+    config.trainer_config_process(made)
+    read = config.config
+    assert (read["train_micro_batch_size_per_gpu"], read["gradient_accumulation_steps"]) == (3, 4)
+    assert read["gradient_clipping"] == settings.max_grad_norm
+    assert read["zero_optimization"]["stage"] == stage
+    assert read["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True

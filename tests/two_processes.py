@@ -1,7 +1,7 @@
 """What both of two processes do in test_distributed.py: command after command, so that torch is loaded once.
 
 `python -m torch.distributed.run --nproc-per-node 2 two_processes.py jobs.json`; a job has `words`, the command line,
-and perhaps `environment`, which a launcher would set, and `stop`, the step before which the training breaks off. Each
+perhaps `environment`, which a launcher would set, and `stop`, the step before which the training breaks off. Each
 process leaves what it wrote itself, and whether the model was in pieces in each job, in `<jobs>.<rank>.json`.
 """
 

@@ -551,7 +551,7 @@ def devices(
         typer.Argument(help="The whole model on every GPU (ddp), or in parts: FSDP, DeepSpeed ZeRO-2, ZeRO-3."),
     ],
 ) -> None:
-    """Print the path of a shipped file for accelerate launch.
+    """Name the file with which several GPUs are used.
 
     accelerate launch --config_file "$(hydra-vlm devices fsdp)" --num_processes 8 -m hydra_vlm train …
     """

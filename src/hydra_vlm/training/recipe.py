@@ -185,7 +185,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=on_one,
-        per_device_eval_batch_size=2 * on_one,
+        per_device_eval_batch_size=validation_batch(settings, _devices()),
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         num_train_epochs=settings.epochs,
@@ -239,6 +239,14 @@ def split_batch(settings: TrainingConfig, devices: int) -> tuple[int, int]:
             f"{devices} device(s): change one of them"
         )
     return per_device, accumulation
+
+
+def validation_batch(settings: TrainingConfig, devices: int) -> int:
+    """Records per device and step of the validation, so that those of all devices are the same for any number of them.
+
+    The validation loss is the mean over steps, weighted by records, of the mean over each step's supervised tokens.
+    """
+    return max(1, 2 * (settings.device_batch_size or settings.batch_size) // devices)
 
 
 def resolve_bf16(settings: TrainingConfig, device: torch.device) -> bool:

@@ -165,9 +165,10 @@ class Unreached(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        reached = [p for p in _for_images(kwargs["model"], self.parts) if p.grad is not None]
-        if reached and not float(norms_of(p.grad for p in reached if p.grad is not None).sum()):
-            for parameter in reached:
+        parameters = _for_images(kwargs["model"], self.parts)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients and not float(norms_of(gradients).sum()):
+            for parameter in parameters:
                 parameter.grad = None
 
 
@@ -192,15 +193,15 @@ def require_resumable(checkpoint: str | None) -> str | None:
     folder = Path(checkpoint)
     if not uses_deepspeed() and not (folder / OPTIMIZER).is_file():
         raise ConfigError(
-            f"{checkpoint} has no {OPTIMIZER}, as DeepSpeed's have none: go on with DeepSpeed, or remove it "
-            "to start anew"
+            f"{checkpoint} has no {OPTIMIZER}, as DeepSpeed's have none: go on with DeepSpeed, or remove the "
+            "checkpoint to start anew"
         )
     if uses_deepspeed():
         processes = len(list(folder.glob("rng_state_*.pth"))) or 1
         if (folder / OPTIMIZER).is_file() or processes != count():
             raise ConfigError(
-                f"{checkpoint} was written by {processes} process(es), and DeepSpeed, in use with {count()} now, "
-                "goes on with its own checkpoints and the same number alone: start it so, or remove the checkpoint"
+                f"{checkpoint} was written by {processes} process(es), now there are {count()}: DeepSpeed goes on with "
+                "its own checkpoints and the same number alone: start it so, or remove the checkpoint"
             )
     return checkpoint
 
