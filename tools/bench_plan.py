@@ -2,12 +2,12 @@
 
     python tools/bench_plan.py [--size embedded,larger] [--folder DIR]
 
-Each case runs in a process of its own. The baseline is the resident memory after all imports and one step over one
-row with the embedded model, which is then deleted, so that what libraries set up at their first use is in it. Then
-the model is loaded, the kernel's high-water mark is reset (loading does not count), the real recipe runs, and the
-mark is read. Large blocks are handed back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), and there is
-one arena, since otherwise the mark shows what glibc keeps for later as well. FLOPs are counted by torch's
-FlopCounterMode in one more step. Attention is eager, as it is on the CPU.
+Each case runs in a process of its own. The baseline is the resident memory after all imports and one step over one row
+with the embedded model, which is then deleted, so that what libraries set up at their first use is in it. Then the
+model is loaded, the kernel's high-water mark is reset (loading does not count), the real recipe runs, and the mark is
+read. Large blocks are handed back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), and there is one arena,
+since otherwise the mark shows what glibc keeps for later as well. FLOPs are counted by torch's FlopCounterMode in one
+more step. Attention is eager, as it is on the CPU.
 """
 
 import argparse

@@ -69,6 +69,7 @@ def keep_trainable(model: nn.Module) -> None:
     bitsandbytes repacks weights for a kernel of processors with AVX-512 when a layer first runs in evaluation mode, and
     that kernel has no backward pass: an adapter trained after an evaluation would silently get wrong gradients.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a plain attribute to mypy
