@@ -31,6 +31,7 @@ class Place:
     toy: Path
     path: Path
     patch: pytest.MonkeyPatch
+    given: Any = None
 
     @property
     def run(self) -> Path:

@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 SENT = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
 OPTIONS = (
     "schedules=[uniform, coarse]",
-    "training.save_steps=5",
+    "training.save_steps=3",
     "training.batch_size=4",
     "training.device_batch_size=2",
     "training.dropout=0.1",
-    "profile.steps=40",
+    "profile.steps=20",
     "evaluation.batch_size=2",
 )
-BEFORE_TRAINING = 0.25
+BEFORE_TRAINING = 0.3
 """Share of the kills that fall before anything new is on the disk."""
 
 
@@ -120,7 +120,7 @@ def soak(home: Path, kills: int, steps: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each of the two trials")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each of the two trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")
     asked = parser.parse_args()
