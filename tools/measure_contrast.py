@@ -11,6 +11,7 @@ under rank-stabilised scale, each with the same seeds and data order. Resumable;
 
 import argparse
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hydra_vlm.config import load_config
 from hydra_vlm.files import read_json
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
-from hydra_vlm.report.statistics import paired_seed_interval
+from hydra_vlm.report.statistics import seed_interval
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.search.proposals import repair
 from hydra_vlm.search.space import Space
@@ -30,6 +31,7 @@ RULES = ("constant", "rslora")
 DELTAS = (1, 2, 4, 6)
 HALF = "upper half by norm only"
 SETTINGS = (*TRIAL, "budget.rank=8")
+Measure = Callable[[TrialRecord], float]
 
 
 def main() -> None:
@@ -92,18 +94,26 @@ def table(out: Path) -> None:
         by_name: dict[str, dict[int, TrialRecord]] = {}
         for record in records:
             by_name.setdefault(record.name, {})[record.seed] = record
-        for name, mine in by_name.items():
-            shared = sorted(mine.keys() & by_name["uniform"].keys())
+        for name in sorted(by_name, key=lambda name: (name != "uniform", name)):
+            mine, uniform = by_name[name], by_name["uniform"]
+            shared = sorted(mine.keys() & uniform.keys())
+            if not shared:
+                continue
             print(f"| {rule} | {name} | {ranks_of(mine[shared[0]])} | {len(shared)} | ", end="")
-            cells = []
-            for measure in (lambda r: r.validation_loss, mean_score):
-                ours, theirs = ([measure(runs[seed]) for seed in shared] for runs in (mine, by_name["uniform"]))
-                if name == "uniform":
-                    cells.append(f"{sum(ours) / len(ours):.3f}")
-                else:
-                    found = paired_seed_interval(ours, theirs)
-                    cells.append(f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
-            print(" | ".join(cells), "|")
+            print(" | ".join(cell(mine, uniform, shared, measure) for measure in (loss, mean_score)), "|")
+
+
+def cell(mine: dict[int, TrialRecord], uniform: dict[int, TrialRecord], seeds: list[int], measure: Measure) -> str:
+    """The mean of uniform LoRA, or a difference to it."""
+    if mine is uniform:
+        return f"{sum(measure(uniform[seed]) for seed in seeds) / len(seeds):.3f}"
+    found = seed_interval([measure(mine[seed]) - measure(uniform[seed]) for seed in seeds], "paired t interval")
+    return f"{found.mean:+.3f}" + (f" [{found.low:+.3f}, {found.high:+.3f}]" if found.low is not None else "")
+
+
+def loss(record: TrialRecord) -> float:
+    """The validation loss."""
+    return record.validation_loss
 
 
 def mean_score(record: TrialRecord) -> float:
