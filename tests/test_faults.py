@@ -494,11 +494,7 @@ FAULTS = (
         "record cut off", spoilt("trials/it-seed0/record.json", '{"na'), ("record.json is damaged",), record_is_remade
     ),
     Fault("record of another kind", spoilt("trials/it-seed0/record.json", "[]"), ("does not hold",), record_is_remade),
-<<<<<<< HEAD
-    Fault("image lost late", image_lost_late, ("toy-0", "row 0", "can no longer be read"), checkpoint_two),
-=======
-    Fault("image lost late", image_lost_late, ("toy-0", "row 1", "can no longer be read"), checkpoint_four),
->>>>>>> faults
+    Fault("image lost late", image_lost_late, ("toy-0", "row 0", "can no longer be read"), checkpoint_four),
     Fault("another configuration", another_rate, ("training.learning_rate", "another configuration"), checkpoint_three),
     Fault("tracker not there", no_tracker, ("wandb", "pip install"), nothing_trained),
     Fault("no <image>", bad_record(lambda r, _: _say(r, 0, value="what?")), ("record 3", "<image>"), nothing_trained),
