@@ -12,9 +12,14 @@ Planner = Callable[[Config], Plan]
 
 @dataclass(frozen=True)
 class Remedy:
-    """Changes of the configuration (key -> value), what they save alone, and the peak with all remedies so far."""
+    """Changes of the configuration (key -> value), and what they do.
+
+    `saving` is what they save alone in bytes, in the `phase` where they save most of what is too much; `peak` is the
+    highest peak of all phases with all remedies so far, and `fits` whether that fits.
+    """
 
     changes: tuple[tuple[str, Any], ...]
+    phase: str
     saving: int
     peak: int
     fits: bool
@@ -24,13 +29,20 @@ class Remedy:
         return " ".join(f"{key}={_text(value)}" for key, value in self.changes)
 
     def to_json(self) -> dict[str, Any]:
-        return {"changes": dict(self.changes), "saving": self.saving, "peak_bytes": self.peak, "fits": self.fits}
+        return {
+            "changes": dict(self.changes),
+            "phase": self.phase,
+            "saving": self.saving,
+            "peak_bytes": self.peak,
+            "fits": self.fits,
+        }
 
 
 def remedies(config: Config, plan: Plan, planner: Planner) -> tuple[Remedy, ...]:
-    """The changes, in order of what they cost, until the plan fits; each is added to those before it.
+    """The changes, in order of what they cost, until every phase fits; each is added to those before it.
 
-    A change that saves nothing where the peak is left out. If all of them do not do, the last one's `fits` is False.
+    A change that helps no phase that is too large is left out. If all of them do not do, the last one's `fits` is
+    False.
     """
     found: list[Remedy] = []
     now, current = config, plan
@@ -39,13 +51,20 @@ def remedies(config: Config, plan: Plan, planner: Planner) -> tuple[Remedy, ...]
             break
         tried = _changed(now, changes)
         after = planner(tried)
-        if after.peak.memory.total >= current.peak.memory.total:
-            continue
-        alone = planner(_changed(config, changes)).peak.memory.total
-        saved = plan.peak.memory.total - alone
-        found.append(Remedy(changes, saved, after.peak.memory.total, after.fits))
-        now, current = tried, after
+        if after.excess < current.excess:
+            phase, saving = _saved(plan, planner(_changed(config, changes)))
+            found.append(Remedy(changes, phase, saving, after.peak.memory.total, after.fits))
+            now, current = tried, after
     return tuple(_without_steps(found))
+
+
+def _saved(before: Plan, after: Plan) -> tuple[str, int]:
+    """The phase beyond the memory in which most is saved, and how much; a phase that is gone counts whole."""
+    left = {phase.name: phase.memory.total for phase in after.phases}
+    large = [phase for phase in before.phases if phase.memory.total > before.device.memory]
+    savings = {phase.name: phase.memory.total - left.get(phase.name, 0) for phase in large}
+    name = max(savings, key=savings.__getitem__)
+    return name, savings[name]
 
 
 def _ladder(config: Config, plan: Plan) -> Iterator[tuple[tuple[str, Any], ...]]:
@@ -116,7 +135,7 @@ def remedy_text(plan: Plan, found: tuple[Remedy, ...]) -> str:
     lines = [f"does not fit: the peak is {wanted}. Lower it, one after another:"]
     for remedy in found:
         fits = "fits" if remedy.fits else "not yet"
-        saving = f"saves {remedy.saving / GIB:.2f} GiB alone"
+        saving = f"alone saves {remedy.saving / GIB:.2f} GiB of {remedy.phase}"
         lines.append(f"  {remedy.words:<45} {saving}; then the peak is {remedy.peak / GIB:.2f} GiB: {fits}")
     if not found or not found[-1].fits:
         lines.append("  that is not enough: take a smaller model, shorter rows, or several devices (FSDP, ZeRO-3)")

@@ -130,8 +130,9 @@ def training_step(
     top = {"logits and their gradients": head} if at_loss else {"backward of one layer": backward}
     around = batch.positions * shape.decoder.width * (FLOAT + 2 * how.weight)  # embeddings, last norm and its output
     mask = how.weight * batch.rows * batch.length**2 if how.attention == "eager" else 0
-    width = 2 if full and how.weight == 2 else FLOAT
-    states = {"gradients": width * trained, "optimizer states": int(ADAM[how.optimizer] * trained)}
+    width = how.weight if full else FLOAT  # adapters are float32; what is trained of the base is in its own type
+    adam = min(ADAM[how.optimizer], 2.0 * width)
+    states = {"gradients": width * trained, "optimizer states": int(adam * trained)}
     images = {"projector activations": shape.projector.saved * batch.images} if trained_projector else {}
     return (
         weights(shape, how, trained_projector)

@@ -78,7 +78,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak.memory.total <= self.device.memory
+        return not self.excess
+
+    @property
+    def excess(self) -> int:
+        """Bytes beyond the device's memory, of all phases together."""
+        return sum(max(0, phase.memory.total - self.device.memory) for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -130,8 +135,9 @@ def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, head: 
     once = data.images * shape.tower.forward if is_cached else 0
 
     def step(full: bool, steps: int | None, name: str, first: int = 0) -> Phase:
-        held = memory.training_step(cached, worst, how, full, trains_projector)
-        work = accumulation * flops.training_step(cached, usual, how, full, trains_projector).total
+        own = cached.bare if full else cached
+        held = memory.training_step(own, worst, how, full, trains_projector)
+        work = accumulation * flops.training_step(own, usual, how, full, trains_projector).total
         return Phase(name, "step", held + extra, work, steps, worst, first)
 
     steps = _steps(config, data)

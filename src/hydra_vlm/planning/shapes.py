@@ -5,7 +5,7 @@ vocabulary, L tokens of the longest row (image tokens counted), B rows on one de
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -24,6 +24,11 @@ class Linear:
 
 
 Layer = tuple[Linear, ...]
+
+
+def without_ranks(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The same layers without an adapter."""
+    return tuple(tuple(replace(p, rank=0) for p in layer) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,13 @@ class Shape:
         """LoRA parameters."""
         stacks = (self.decoder, *([self.tower_stack] if self.tower_stack else []))
         return sum(p.rank * (p.inputs + p.outputs) for s in stacks for layer in s.layers for p in layer)
+
+    @property
+    def bare(self) -> "Shape":
+        """The model without an adapter."""
+        tower = self.tower_stack and replace(self.tower_stack, layers=without_ranks(self.tower_stack.layers))
+        decoder = replace(self.decoder, layers=without_ranks(self.decoder.layers))
+        return replace(self, decoder=decoder, tower_stack=tower)
 
     @property
     def quantizable(self) -> int:

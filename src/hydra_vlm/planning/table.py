@@ -18,7 +18,7 @@ def plan_text(plan: Plan) -> str:
         HEADER,
         *(_line(phase) for phase in plan.phases),
         "",
-        FORMULA.replace(": ", ":\n  ", 1).replace(". ", ".\n  ") + ".",
+        FORMULA.replace(". ", ".\n  ") + ".",
     ]
     widest = plan.peak
     same = widest.memory == plan.phase("training").memory
@@ -32,7 +32,8 @@ def _line(phase: Phase) -> str:
     units = "?" if phase.steps is None else f"{phase.steps:,}"
     total = "?" if phase.total is None else short(phase.total)
     peak = phase.memory.total / GIB
-    return f"{phase.name:<18}{peak:>10.2f}{batch:>16}{short(phase.flops):>10} a {phase.unit:<8}{units:>8}{total:>10}"
+    each = short(phase.flops) if phase.flops else "?"
+    return f"{phase.name:<18}{peak:>10.2f}{batch:>16}{each:>10} a {phase.unit:<8}{units:>8}{total:>10}"
 
 
 def _parts(phase: Phase) -> list[str]:
