@@ -109,7 +109,14 @@ class TrainingConfig(_Section):
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
     supervised_only: bool = Field(True, description="logits, and the last layer's end, at supervised positions alone")
-    fused_layers: bool = Field(True, description="LoRA, RMS norms and rotary positions as one operation each (float32)")
+    fused_layers: bool = Field(
+        True, description="LoRA, norms, rotary positions, eager attention as one operation each (float32)"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that read and decode images ahead (null: up to 4 beside a GPU, else none)"
+    )
+    compile: bool = Field(False, description="torch.compile the model (in place of fused_layers)")
+    liger: bool = Field(False, description="Liger kernels, on a GPU (extra `liger`; in place of fused_layers)")
 
 
 class EvaluationConfig(_Section):
@@ -180,6 +187,9 @@ class Config(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; auto: bfloat16 on a CUDA device that computes in it, else float32"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="auto: eager on a CPU, else sdpa; flash attention needs its package"
     )
 
     @field_validator("adapt", mode="before")

@@ -107,7 +107,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
 
 def open_model(config: Config) -> LoadedModel:
     """The configuration's model, freshly loaded, with the parts that are to be adapted."""
-    return load_model(config.model, config.device, config.decoder_pattern, config.adapt, config.dtype)
+    return load_model(config.model, config.device, config.decoder_pattern, config.adapt, config.dtype, config.attention)
 
 
 def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:

@@ -85,23 +85,28 @@ def load_model(
     decoder_pattern: str | None = None,
     adapt: Sequence[str] = (DECODER,),
     dtype: str = "auto",
+    attention: str = "auto",
 ) -> LoadedModel:
     """Load model and processor from a folder (or the package), frozen, in evaluation mode.
 
     Any vision-language model that transformers knows, or a text decoder, whose processor is its tokenizer. `dtype` of
     the weights is float32 or bfloat16; auto: bfloat16 on a CUDA device that computes in it, else float32.
-    `decoder_pattern` and `adapt` are
-    for `find_parts`.
+    `attention` is transformers' name of an implementation; auto: eager on a CPU, else sdpa. `decoder_pattern` and
+    `adapt` are for `find_parts`.
 
     Raises:
-        ConfigError: a model of a kind that cannot be loaded, or whose decoder is not found.
+        ConfigError: a model of a kind that cannot be loaded, a decoder that is not found, attention that is missing.
     """
     folder, place = resolve_model(name), resolve_device(device)
     config = _configuration(folder)
     weights = resolve_dtype(dtype, place)
-    # The CPU kernels of fused attention lose to plain matrix products in the backward pass at bfloat16.
-    attention = "eager" if place.type == "cpu" else "sdpa"
-    model = model_class(config).from_pretrained(folder, dtype=weights, attn_implementation=attention)
+    if attention == "auto":
+        # The CPU kernels of fused attention lose to plain matrix products in the backward pass.
+        attention = "eager" if place.type == "cpu" else "sdpa"
+    try:
+        model = model_class(config).from_pretrained(folder, dtype=weights, attn_implementation=attention)
+    except ImportError as problem:
+        raise ConfigError(f"attention={attention}: {str(problem).splitlines()[0]} Use auto, or install it") from None
     model = model.to(place).eval().requires_grad_(False)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
 

@@ -26,7 +26,7 @@ from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
-from hydra_vlm.training.speed import sped_up
+from hydra_vlm.training.speed import engine, sped_up
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
 FULL = "full"  # the name of the baseline that trains the whole decoder
@@ -176,7 +176,7 @@ def training_arguments(
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if device.type in ("cpu", "cuda") else "adamw_torch",
         seed=seed,
         bf16=resolve_bf16(settings, device),
         use_cpu=device.type == "cpu",
@@ -190,6 +190,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
+        **engine(settings, device),
     )
 
 

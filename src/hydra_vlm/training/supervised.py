@@ -68,7 +68,7 @@ class SupervisedPositions:
 
 
 @contextmanager
-def supervised_only(model: nn.Module, parts: ModelParts) -> Iterator[SupervisedPositions]:
+def supervised_only(model: Any, parts: ModelParts) -> Iterator[SupervisedPositions]:
     """While the block lasts, the (unwrapped) model computes what its loss needs, at the positions last read."""
     positions = SupervisedPositions()
     head = model.get_output_embeddings()
