@@ -130,7 +130,14 @@ class TrainingConfig(_Section):
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
     supervised_only: bool = Field(True, description="logits, and the last layer's end, at supervised positions alone")
-    fused_layers: bool = Field(True, description="LoRA, RMS norms and rotary positions as one operation each (float32)")
+    fused_layers: bool = Field(
+        True, description="LoRA, norms, rotary positions, eager attention as one operation each (float32)"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that read and decode images ahead (null: up to 4 beside a GPU, else none)"
+    )
+    compile: bool = Field(False, description="torch.compile the model (in place of fused_layers)")
+    liger: bool = Field(False, description="Liger kernels, on a GPU (extra `liger`; in place of fused_layers)")
 
     @field_validator("trackers", mode="before")
     @classmethod
@@ -216,6 +223,9 @@ class Config(_Section):
     )
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: the frozen decoder in four bits (QLoRA), through bitsandbytes"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="auto: eager on a CPU, else sdpa; flash attention needs its package"
     )
 
     @field_validator("adapt", mode="before")

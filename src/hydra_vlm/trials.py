@@ -120,7 +120,7 @@ def open_model(config: Config) -> LoadedModel:
     if shards_model():
         return load_to_take_apart(config)
     where = (config.device, config.decoder_pattern, config.adapt)
-    return load_model(config.model, *where, config.dtype, config.quantization)
+    return load_model(config.model, *where, config.dtype, config.quantization, config.attention)
 
 
 def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:

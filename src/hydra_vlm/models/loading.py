@@ -88,27 +88,32 @@ def load_model(
     adapt: Sequence[str] = (DECODER,),
     dtype: str = "auto",
     quantization: str = NONE,
+    attention: str = "auto",
 ) -> LoadedModel:
     """Load model and processor from a folder (or the package), frozen, in evaluation mode.
 
     Any vision-language model that transformers knows, or a text decoder, whose processor is its tokenizer. `dtype` of
     the weights is float32 or bfloat16; auto: bfloat16 on a CUDA device that computes in it, else float32.
-    `decoder_pattern` and `adapt` are
-    for `find_parts`. `quantization` nf4 stores the decoder's linears in four bits.
+    `attention` is transformers' name of an implementation; auto: eager on a CPU, else sdpa. `decoder_pattern` and
+    `adapt` are for `find_parts`. `quantization` nf4 stores the decoder's linears in four bits.
 
     Raises:
-        ConfigError: a model of a kind that cannot be loaded, or whose decoder is not found.
+        ConfigError: a model of a kind that cannot be loaded, a decoder that is not found, attention that is missing.
     """
     folder, place = resolve_model(name), resolve_device(device)
     require_quantizable(quantization, place)
     config = model_configuration(folder)
     weights = resolve_dtype(dtype, place)
-    # The CPU kernels of fused attention lose to plain matrix products in the backward pass at bfloat16.
-    attention = "eager" if place.type == "cpu" else "sdpa"
+    if attention == "auto":
+        # The CPU kernels of fused attention lose to plain matrix products in the backward pass.
+        attention = "eager" if place.type == "cpu" else "sdpa"
     kind = model_class(config)
     how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
-    with refusing_code(f"model {folder}"):
-        model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
+    try:
+        with refusing_code(f"model {folder}"):
+            model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
+    except ImportError as problem:
+        raise ConfigError(f"attention={attention}: {str(problem).splitlines()[0]} Use auto, or install it") from None
     model = (model if how else model.to(place)).eval().requires_grad_(False)
     keep_trainable(model)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))

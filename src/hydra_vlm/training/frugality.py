@@ -8,7 +8,7 @@ from hydra_vlm.config import Config, TrainingConfig
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.quantization import NONE, require_bitsandbytes
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw-8bit": "adamw_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 """transformers' names of what `training.optimizer` offers."""
 
 

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hydra_vlm.models.structure import ModelParts
+from hydra_vlm.training.attention import product_attention_in
 from hydra_vlm.verification import ADAPTER
 
 CLOSE = 1e-5
@@ -38,6 +39,7 @@ def fused_layers(model: nn.Module, parts: ModelParts) -> Iterator[None]:
                     _replace(module, forward, undo)
         for source in {type(module).__module__ for module in decoder.modules()}:
             _replace_rotary(sys.modules[source], undo)
+        undo.enter_context(product_attention_in(decoder))
         yield
 
 
@@ -70,7 +72,7 @@ class LoraProduct(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, weight.shape[0])
         through = (gradient @ b).mul_(ctx.scale)
         x = (gradient @ weight).addmm_(through, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return x, None, None, through.t() @ flat, (gradient.t() @ inner).mul_(ctx.scale), None
+        return x, None, None, through.t() @ flat, (inner.t() @ gradient).t() * ctx.scale, None
 
 
 def lora_forward(layer: LoraLinear) -> Callable[..., Tensor]:
@@ -152,18 +154,20 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, -1)
+        return _turned(x, cos, sin, -1, torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         cos, sin = ctx.saved_tensors
-        half = sin.shape[-1] // 2
-        return _turned(gradients[0], cos, torch.cat((sin[..., half:], sin[..., :half]), -1), 1), None, None
+        gradient, half = gradients[0], sin.shape[-1] // 2
+        # Features of all heads lie side by side behind this, in the linear's output.
+        out = torch.empty_like(gradient.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        return _turned(gradient, cos, torch.cat((sin[..., half:], sin[..., :half]), -1), 1, out), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    out = x * cos
+    torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=-sign)
     return out
@@ -183,12 +187,12 @@ def _replace_rotary(source: Any, undo: ExitStack) -> None:
     plain = getattr(source, ROTARY, None)
     if plain is None:
         return
-    drawn = [torch.linspace(i, i + 2, 24).cos().view(1, 1, 3, 8) for i in range(2)]
-    angles = [torch.linspace(i, i + 3, 24).sin().view(1, 3, 8) for i in range(2)]
+    q, k = (torch.linspace(i, i + 2, 24).cos().view(1, 1, 3, 8) for i in range(2))
+    cos, sin = (torch.linspace(i, i + 3, 24).sin().view(1, 3, 8) for i in range(2))
     try:
         same = all(
             torch.allclose(x, y, rtol=CLOSE, atol=CLOSE)
-            for x, y in zip(plain(*drawn, *angles), rotate(drawn[0], drawn[1], angles[0], angles[1]), strict=True)
+            for x, y in zip(plain(q, k, cos, sin), rotate(q, k, cos, sin), strict=True)
         )
     except (TypeError, ValueError, RuntimeError):  # a function of that name with other arguments
         return

@@ -32,7 +32,7 @@ from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
 from hydra_vlm.training.sharding import Unreached, bring_back, to_take_apart, training_device
-from hydra_vlm.training.speed import sped_up
+from hydra_vlm.training.speed import engine, sped_up
 from hydra_vlm.training.trackers import report_arguments, tracked
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
@@ -210,6 +210,7 @@ def training_arguments(
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
+        **engine(settings, device),
     )
 
 
