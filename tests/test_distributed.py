@@ -35,8 +35,12 @@ from hydra_vlm.training.recipe import split_batch, training_arguments, validatio
 from hydra_vlm.training.trainer import ByLength
 from tiny import save_tiny_model, toy_config, write_toy_data
 
-LOSS, WEIGHT, NORM = 5e-6, 1e-6, 1e-5
-"""Largest differences allowed: of losses, of the trained weights (learning rate 4e-3), of norms (relative)."""
+LOSS, WEIGHT, NORM = 5e-6, 1e-4, 1e-5
+"""Largest differences allowed: of losses, of a trained weight, of norms (relative).
+
+AdamW divides by a gradient's own size, so where that is next to nothing its rounding error is seen: one weight in
+thousands may differ by a hundredth of a step (learning rate 4e-3). On average they may differ by a hundredth of that.
+"""
 
 SECONDS = 900
 STEPS = 6
@@ -140,8 +144,10 @@ def require_same(home: Home, run: str, reference: str, name: str = "uniform") ->
     torch.testing.assert_close(losses, others, rtol=0, atol=LOSS)
     assert found["validation_loss"] == pytest.approx(expected["validation_loss"], abs=LOSS)
     assert pairs[0].keys() == pairs[1].keys()
-    for name, value in pairs[1].items():
-        torch.testing.assert_close(pairs[0][name], value, rtol=0, atol=WEIGHT, msg=lambda m, n=name: f"{n}: {m}")
+    for key, value in pairs[1].items():
+        torch.testing.assert_close(pairs[0][key], value, rtol=0, atol=WEIGHT, msg=lambda m, key=key: f"{key}: {m}")
+    differences = torch.cat([(pairs[0][key] - value).abs().flatten() for key, value in pairs[1].items()])
+    assert float(differences.mean()) < WEIGHT / 100
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +175,7 @@ def test_two_processes_train_as_one(home: Home, ddp_and_fsdp: tuple[Any, str], f
     assert [report["sharded"] for report in reports] == [[False, False, True, True]] * 2
     require_same(home, form, "one")
     moved = max(float(value.abs().max()) for name, value in home.weights(form).items() if "lora_B" in name)
-    assert moved > 1000 * WEIGHT  # B starts at zero: what was compared was trained
+    assert moved > 20 * WEIGHT  # B starts at zero: what was compared was trained
 
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
