@@ -524,7 +524,34 @@ def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, giv
     return Place(tiny_model, write_toy_data(tmp_path / "toy"), tmp_path, monkeypatch, given)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+SLOW = {
+    "gradient inf",
+    "spikes in a row",
+    "disk full: weights",
+    "disk full: adapter",
+    "memory: card",
+    "SIGINT",
+    "weights cut off",
+    "projector cut off",
+    "optimizer cut off",
+    "random states lost",
+    "image not there",
+    "two <image>",
+}
+"""Rows whose like is in the table already: left to the whole suite."""
+
+
+def rows() -> list[Any]:
+    return [pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.name in SLOW else []) for row in FAULTS]
+
+
+def test_the_table_is_long_enough() -> None:
+    names = [fault.name for fault in FAULTS]
+    assert len(set(names)) == len(names) >= 20
+    assert set(names) >= SLOW
+
+
+@pytest.mark.parametrize("fault", rows())
 def test_the_table_of_faults(place: Place, fault: Fault) -> None:
     message = fault.strike(place)
     place.patch.undo()

@@ -31,8 +31,10 @@ def results(place: Place) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("logging", [1, 3])
+@pytest.mark.parametrize(
+    ("grouped", "logging"),
+    [(True, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 3), (False, 1), (True, 1)])],
+)
 def test_stopped_after_every_single_step_it_ends_the_same(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool, logging: int
 ) -> None:
