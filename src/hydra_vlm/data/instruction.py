@@ -54,7 +54,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self._kept.get(index)
         if item is None:
-            item = self.reader.item(self.records[index])
+            try:
+                item = self.reader.item(self.records[index])
+            except DataError as problem:
+                raise LateBadRow(str(problem)) from None
         return item | {"place": self._place(index)}
 
     def _place(self, index: int) -> str:
