@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner, Result
 
 from hydra_vlm import trials
+from hydra_vlm.cli import app
 from hydra_vlm.data import image_check, json_rows, preflight, record_file
 from hydra_vlm.data.instruction import InstructionDataset
 from hydra_vlm.data.json_rows import rows_of
@@ -354,3 +358,48 @@ def test_lengths_alone_are_those_of_whole_items(hostile: Path, reader: Reader, m
     assert whole.findings == alone.findings
     assert len(whole.items or {}) == 9
     assert not alone.items
+
+
+# The command
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_file_is_checked_by_the_command(home: Path, tiny_model: Path) -> None:
+    path = lines(home, *(json.dumps(record(i)) for i in range(3)), json.dumps(record(0)), "{}")
+    done = invoke("data", "check", path, "--images", home / "images", "--out", home / "report")
+    assert done.exit_code == 1
+    assert "5 records, 1 bad (1 record); 1 duplicate ids; 1 duplicate records" in done.stdout
+    assert "record 4: `conversations` must be a non-empty list of turns (line 5)" in done.stdout
+    assert len((home / "report" / "preflight-rows.jsonl").read_text().splitlines()) == 3
+    lines(home, *(json.dumps(record(i)) for i in range(3)), json.dumps(record(5)).replace("a 5", "</s>"))
+    words = ("data", "check", path, "--images", home / "images", "--json")
+    assert invoke(*words).exit_code == 0
+    done = invoke(*words, "--model", tiny_model)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["bad"] == {"text": 1}
+    assert json.loads(invoke(*words, "--model", tiny_model, "--max-length", 40).stdout)["bad"]["too long"] == 3
+
+
+@pytest.mark.parametrize("command", ["pretrain", "profile", "train", "tune", "search"])
+def test_on_bad_row_reaches_the_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydra_vlm.config.load_config", lambda path, overrides: pytest.exit(f"{path} {overrides}", 7))
+    for words in (["--on-bad-row", "skip"], ["mine.yaml", "--on-bad-row=skip", "seeds=[1]"]):
+        with pytest.raises(pytest.exit.Exception, match=r"data\.on_bad_row=skip"):
+            CliRunner().invoke(app, [command, *words], catch_exceptions=False)
+    done = CliRunner().invoke(app, [command, "--on-bad-row", "ignore"])
+    assert done.exit_code == 2
+
+
+@pytest.mark.slow
+def test_twenty_thousand_records_stream_in_little_memory(tmp_path: Path) -> None:
+    tool = Path(__file__).parents[1] / "tools" / "bench_streaming.py"
+    asked = ["--records", "2000", "20000", "--template", "v1-short", "--folder", str(tmp_path), "--grouped"]
+    done = subprocess.run([sys.executable, str(tool), *asked], capture_output=True, text=True, check=True)
+    small, _, first, again = ([*map(float, words[3:])] for words in map(str.split, done.stdout.splitlines()[1:]))
+    rows, lengths, step, peak, _ = range(5)
+    assert first[peak] < small[peak] + 0.2  # GiB
+    assert again[rows] + again[lengths] < 0.1 * (first[rows] + first[lengths])
+    assert again[step] < 0.5 * first[step]

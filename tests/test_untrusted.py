@@ -30,7 +30,7 @@ def test_a_pickle_among_a_models_weights_is_refused(tmp_path: Path, zipped: bool
     folder, trace = save_tiny_model(tmp_path / "model", layers=1), tmp_path / "it ran"
     (folder / "model.safetensors").unlink()
     torch.save({"w": Hostile(trace)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"more than tensors.*could run code.*safetensors"):
+    with pytest.raises(CheckpointError, match=r"more than tensors.*could run .*code.*safetensors"):
         load_model(str(folder), "cpu")
     assert not trace.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)  # what would have happened
@@ -60,6 +60,6 @@ def test_a_pickle_in_a_checkpoint_is_refused(tiny_model: Path, toy_data: Path, t
         finetune(model, study.base, study.data, config.training, 0, folder)
     torch.save({"state": Hostile(trace)}, folder / "checkpoint-2" / name)
     longer = config.training.model_copy(update={"steps": 4})
-    with adapting(study.base, schedule, longer, 0) as model, pytest.raises(CheckpointError, match="could run code"):
+    with adapting(study.base, schedule, longer, 0) as model, pytest.raises(CheckpointError, match=r"could run .*code"):
         finetune(model, study.base, study.data, longer, 0, folder)
     assert not trace.exists()

@@ -109,7 +109,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
     place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
     folder = by_first(lambda: open_run(out, config, environment(place, precision)))
     by_first(lambda: write_json(folder.graph, graph.to_json()))
-    train, validation, tasks = by_first(lambda: _records(config, folder, say))
+    train, validation, tasks = by_first(lambda: _records(config, folder))
     by_first(lambda: write_examples(folder.path, tasks))
     data = in_turn(lambda: _encode(loaded, config, reader, train, validation, tasks, folder, say))
     return Study(config, folder, graph, data, tasks, loaded)
@@ -269,7 +269,7 @@ def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...
     return finish(folder, study.tasks)
 
 
-def _records(config: Config, folder: RunFolder, say: Say) -> tuple[Checked, Checked | None, tuple[Task, ...]]:
+def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None, tuple[Task, ...]]:
     """Check every file before anything is trained; a built-in set is written to the run folder first."""
     wish = config.data
     files = (
@@ -278,7 +278,7 @@ def _records(config: Config, folder: RunFolder, say: Say) -> tuple[Checked, Chec
         else DataFiles(Path(wish.train), wish.validation, wish.tests, wish.images, wish.benchmarks)
     )
     sets = [check_file(p, files.images, wish.max_image_pixels) for p in (files.train, files.validation) if p]
-    settle(sets, wish.on_bad_row, folder.path, say)
+    settle(sets, wish.on_bad_row, folder.path, lambda _: None)  # what is left out is said when all was looked at
     tasks = [task.limited(config.evaluation.limit) for task in tasks_of(files, (), folder.path / "images")]
     return sets[0], sets[1] if files.validation else None, tuple(tasks)
 

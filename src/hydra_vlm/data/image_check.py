@@ -24,6 +24,7 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS images "
     "(path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, width INTEGER, height INTEGER, fault TEXT)"
 )
+_SWIFT = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = OFF")
 State = tuple[int, int]
 
 
@@ -48,7 +49,7 @@ def _faults(
     states = {path: _state(path) for path, fault in found.items() if not fault}
     new = []
     for path, state in states.items():
-        known = remembered.get(path, state)
+        known = remembered.get(os.path.abspath(path), state)
         if known is None:
             new.append(path)
         else:
@@ -57,7 +58,7 @@ def _faults(
     for path, (size, fault) in zip(new, pool.map(lambda path: examine(path, max_pixels), new), strict=True):
         found[path] = fault
         if size is not None and not size_fault(path, size, max_pixels):  # then it was decoded
-            remembered.put(path, states[path], size, fault)
+            remembered.put(os.path.abspath(path), states[path], size, fault)
     remembered.keep()
     return [found[path] for path in paths]
 
@@ -78,6 +79,8 @@ class _Remembered:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._table = sqlite3.connect(path, timeout=30)
+            for line in _SWIFT:  # what is lost can be found out again
+                self._table.execute(line)
             self._table.execute(_TABLE)
         except (sqlite3.Error, OSError):
             self.close()

@@ -50,7 +50,7 @@ class SupervisedPositions:
             return
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         rows = (following != IGNORED).nonzero().squeeze(1)
-        if len(rows) <= MOST * labels.numel():
+        if 0 < len(rows) <= MOST * labels.numel():
             self.rows, self.following, self.shape = rows, following[rows][None], tuple(labels.shape)
 
     def gather(self, hidden: Tensor) -> Tensor:
