@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydra_vlm.data.instruction import Batching, InstructionDataset
+from hydra_vlm.data.instruction import InstructionDataset
 from hydra_vlm.data.preflight import Checked, check_file, check_reading, settle
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.errors import HydraError
@@ -281,7 +281,7 @@ def loaded(tiny_model: Path) -> LoadedModel:
 def train_on(checked: Checked, loaded: LoadedModel, reader: Reader) -> None:
     """One forward and backward pass over all rows."""
     data = InstructionDataset.of_checked(checked, reader)
-    batch = Batching(reader)(list(data))
+    batch = reader.batch(list(data))
     assert batch["labels"].shape[0] == len(data)
     assert batch["input_ids"].shape[1] == int(data.lengths.max()) <= LONGEST
     assert ((batch["labels"] != -100).sum(1) > 0).all()
