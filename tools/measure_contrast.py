@@ -21,7 +21,7 @@ from hydra_vlm.config import load_config
 from hydra_vlm.files import read_json
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
-from hydra_vlm.report.statistics import seed_interval
+from hydra_vlm.report.statistics import paired_seed_interval
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.search.proposals import repair
 from hydra_vlm.search.space import Space
@@ -107,7 +107,9 @@ def cell(mine: dict[int, TrialRecord], uniform: dict[int, TrialRecord], seeds: l
     """The mean of uniform LoRA, or a difference to it."""
     if mine is uniform:
         return f"{sum(measure(uniform[seed]) for seed in seeds) / len(seeds):.3f}"
-    found = seed_interval([measure(mine[seed]) - measure(uniform[seed]) for seed in seeds], "paired t interval")
+    ours, theirs = ({seed: measure(runs[seed]) for seed in seeds} for runs in (mine, uniform))
+    found = paired_seed_interval(ours, theirs)
+    assert found is not None  # there are shared seeds
     return f"{found.mean:+.3f}" + (f" [{found.low:+.3f}, {found.high:+.3f}]" if found.low is not None else "")
 
 

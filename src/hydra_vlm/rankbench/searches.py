@@ -1,12 +1,12 @@
 """Searchers on the table, each a generator: it yields the place of a candidate and is sent the run that was seen.
 
-All start with uniform LoRA. Φ goes on with those of HyDRA's own schedules that the table holds, as every search with it
-does, then chooses by `search.phi.choose`; random takes the schedules as they come. Optuna's
-samplers are asked over the named parameters of the space and are told the schedule that they got in its place: TPE and
-evolution the unseen one nearest to what they name, the Gaussian process the unseen one of largest expected improvement
-by its own model (its search over all schedules would take many seconds a proposal). Where they draw at random, at the
-start and in evolution's first generation, any unseen schedule is as likely: the nearest to a random point of many
-dimensions nearly always is one of the few central ones.
+All start with uniform LoRA. Φ goes on with those of HyDRA's own schedules that the table holds, as every search with
+it does, then chooses by `search.phi.choose`; random takes the schedules as they come. Optuna's samplers are asked
+over the named parameters of the space and are told the schedule that they got in its place: TPE and evolution the
+unseen one nearest to what they name, the Gaussian process the unseen one of largest expected improvement by its own
+model (its search over all schedules would take many seconds a proposal). Where they draw at random, at the start and
+in evolution's first generation, any unseen schedule is as likely: the nearest to a random point of many dimensions
+nearly always is one of the few central ones.
 """
 
 import random
