@@ -386,6 +386,7 @@ def test_the_deepspeed_files_take_their_values_from_the_configuration(
             monkeypatch.setenv(name, value)
     plugin = DeepSpeedPlugin()
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setattr("transformers.integrations.deepspeed.dep_version_check", lambda package: None)
     config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
     settings = load_config(None, ["training.batch_size=12", "training.device_batch_size=3"]).training
     made = training_arguments(settings, 0, tmp_path, torch.device("cpu"))
