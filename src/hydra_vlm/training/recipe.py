@@ -138,7 +138,7 @@ def finetune(
         model=model,
         parts=loaded.parts,
         projector_learning_rate=settings.projector_learning_rate,
-        lengths=data.train.lengths if settings.group_by_length else None,
+        lengths=data.train.lengths.tolist() if settings.group_by_length else None,
         args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
         train_dataset=data.train,
         eval_dataset=data.validation,
