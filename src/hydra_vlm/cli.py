@@ -679,10 +679,10 @@ def main() -> None:
         if processes.is_first():
             _say(str(stop))
         sys.exit(stop.code)
-    except OSError as problem:
+    except Exception as problem:
         if not is_disk_full(problem):
             raise
-        _say(f"error: no room on the disk for {problem.filename or 'a file'}: make room and repeat the command")
+        _say(f"error: no room on the disk ({problem}): make room and repeat the command")
         sys.exit(processes.FAILED)
 
 

@@ -32,6 +32,7 @@ from hydra_vlm.evaluation import answer_tasks, tower_features, with_features
 from hydra_vlm.faults import disk_full_told
 from hydra_vlm.files import read_value, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.interruption import Interrupted
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
@@ -161,7 +162,10 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     with adapting(study.base, schedule, training, settings.seed) as model:
         say(adaptation_summary(model, study.base.parts))
         callback = GradientNormCallback(model, study.base.parts)
-        finetune(model, study.base, unvalidated, training, settings.seed, scratch, [callback])
+        try:
+            finetune(model, study.base, unvalidated, training, settings.seed, scratch, [callback])
+        except Interrupted as stop:
+            raise Interrupted(stop.number, "the same command measures the profile anew") from None
         profile = callback.profile(settings.skip)
     by_first(lambda: _keep_profile(profile, stored, scratch))
     return profile

@@ -50,6 +50,7 @@ class GradientNormCallback(TrainerCallback):
         B starts at zero, so at step one A has no gradient: `skip` should be at least 1.
         """
         kept = torch.stack(self.norms[skip:])
+        kept = kept[kept.isfinite().flatten(1).all(dim=1)]  # without steps that were left out
         spread = kept.std(dim=0, correction=0)
         return GradientNormProfile(
             graph=self.parts.graph,

@@ -47,6 +47,8 @@ class FiniteSteps(TrainerCallback):
         numbers, losses = self._numbers, self._losses
         self._numbers, self._losses = [], []
         seen = torch.stack([loss.float() for loss in losses])
+        if hasattr(gradient_norm, "full_tensor"):  # of sharded gradients
+            gradient_norm = gradient_norm.full_tensor()
         norm = torch.as_tensor(gradient_norm, dtype=torch.float32, device=seen.device)
         fine = bool(torch.isfinite(seen).all() & torch.isfinite(norm))
         self._left_out = any_process(not fine, seen.device)
