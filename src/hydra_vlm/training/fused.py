@@ -64,7 +64,7 @@ class LoraProduct(torch.autograd.Function):
         out = nn.functional.linear(flat, weight, bias).addmm_(inner, b.t(), alpha=scale)
         ctx.save_for_backward(flat, inner, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
