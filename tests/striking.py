@@ -45,16 +45,22 @@ class Place:
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.trial / "checkpoints").glob("checkpoint-*"))
 
-    def train(self, *overrides: str) -> TrialRecord:
+    def train(self, *overrides: str, say: trials.Say | None = None) -> TrialRecord:
         """One trial of uniform LoRA, from wherever the folder has got to."""
         config = toy_config(self.model, self.toy, *OPTIONS, *overrides)
-        study = trials.prepare_study(config, self.run, quiet)
+        study = trials.prepare_study(config, self.run, say or quiet)
         schedule = allocate("uniform", AllocationRequest(study.graph, study.budget))
         return trials.run_trial(study, "it", schedule, 0, quiet)
 
     def message(self, *overrides: str) -> str:
         """What the user is told when the trial ends early."""
         return told(lambda: self.train(*overrides))
+
+    def said(self, *overrides: str) -> str:
+        """What is said before a trial that goes well."""
+        lines: list[str] = []
+        self.train(*overrides, say=lines.append)
+        return "\n".join(lines)
 
     def at_step(self, step: int, act: Callable[[VLMTrainer], None]) -> None:
         """Do something at the start of optimizer step `step`, once."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -420,6 +421,33 @@ def _say(record: dict, turn: int, **change: str) -> None:
     record["conversations"][turn].update(change)
 
 
+def _link_out(path: Path) -> None:
+    elsewhere = path.parents[1] / "elsewhere.png"
+    shutil.move(path, elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def repeated_records(place: Place) -> str:
+    path = place.toy / "train.json"
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([*records[:-1], records[0]]))
+    return place.said()
+
+
+def skipped_rows(place: Place) -> str:
+    path = place.toy / "train.json"
+    records = json.loads(path.read_text())
+    records[3]["conversations"][1]["value"] = ""
+    path.write_text(json.dumps(records))
+    return place.said("data.on_bad_row=skip")
+
+
+def listed_and_trained(place: Place) -> None:
+    rows = [json.loads(line) for line in (place.run / "preflight-rows.jsonl").read_text().splitlines()]
+    assert {(row["row"], row["level"]) for row in rows} in ({(7, "warning")}, {(3, "bad")})
+    assert (place.trial / "adapter/adapter_model.safetensors").is_file()
+
+
 def nothing_trained(place: Place) -> None:
     assert not (place.run / "trials").exists()
 
@@ -466,9 +494,16 @@ FAULTS = (
     Fault(
         "disk full: answers", no_room_for_answers, ("no room", "toy.jsonl", "answers before are kept"), first_answers
     ),
-    Fault("memory: cpu", out_of_memory, ("step 4", "device_batch_size=2", "step 2 is kept"), goes_on_smaller),
+    Fault(
+        "memory: cpu",
+        out_of_memory,
+        ("step 4", "The plan was", "device_batch_size=2", "step 2 is kept"),
+        goes_on_smaller,
+    ),
     Fault("memory: card", out_of_memory_on_card, ("One record at a time", "step 2 is kept"), checkpoint_two),
-    Fault("memory: answers", out_of_memory_in_answers, ("answering toy", "batch size"), trained_already),
+    Fault(
+        "memory: answers", out_of_memory_in_answers, ("answering toy", "for evaluation", "batch size"), trained_already
+    ),
     Fault("SIGTERM", asked_to_end(15), ("SIGTERM", "step 3 is kept", "goes on"), step_three),
     Fault("SIGINT", asked_to_end(2), ("SIGINT", "step 3 is kept", "goes on"), step_three),
     Fault("SIGTERM, answering", asked_to_end_while_answering, ("SIGTERM",), first_answers),
@@ -516,6 +551,26 @@ FAULTS = (
         ("toy-3", "cannot be read"),
         nothing_trained,
     ),
+    Fault(
+        "image bomb",
+        bad_record(lambda r, toy: Image.new("1", (200_000, 1)).save(toy / "3.png")),
+        ("toy-3", "40,000,000,000", "data.max_image_pixels"),
+        nothing_trained,
+    ),
+    Fault(
+        "path out of the folder",
+        bad_record(lambda r, _: r.update(image="../3.png")),
+        ("record 3", "must not leave the image folder"),
+        nothing_trained,
+    ),
+    Fault(
+        "link out of the folder",
+        bad_record(lambda r, toy: _link_out(toy / "3.png")),
+        ("toy-3", "lies outside the image folder"),
+        nothing_trained,
+    ),
+    Fault("duplicates", repeated_records, ("1 duplicate records", "1 duplicate ids"), listed_and_trained),
+    Fault("bad rows skipped", skipped_rows, ("1 of 8 records are bad", "record 3 (id toy-3)"), listed_and_trained),
 )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from hydra_vlm.interruption import Interrupted
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.planning.run import estimate
 from hydra_vlm.processes import by_first, in_turn, shards_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
@@ -77,6 +79,10 @@ class Study:
     def fresh_model(self) -> LoadedModel:
         """The model loaded anew, for training that changes its own weights."""
         return open_model(self.config)
+
+    def estimate(self, phase: str) -> Callable[[], str]:
+        """What the plan says of a phase's memory, made when it is asked for."""
+        return partial(estimate, self.config, phase)
 
     @property
     def budget(self) -> Budget:
@@ -163,7 +169,16 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
         say(adaptation_summary(model, study.base.parts))
         callback = GradientNormCallback(model, study.base.parts)
         try:
-            finetune(model, study.base, unvalidated, training, settings.seed, scratch, [callback])
+            finetune(
+                model,
+                study.base,
+                unvalidated,
+                training,
+                settings.seed,
+                scratch,
+                [callback],
+                estimate=study.estimate("profile"),
+            )
         except Interrupted as stop:
             raise Interrupted(stop.number, "the same command measures the profile anew") from None
         profile = callback.profile(settings.skip)
@@ -243,12 +258,18 @@ def _trained(
         loaded = study.fresh_model()
         settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
         opened = prepare(loaded, None, settings, seed)
-        done = finetune(opened, loaded, study.data, settings, seed, folder / "checkpoints", watch=watch)
+        expected = study.estimate("full fine-tuning")
+        done = finetune(
+            opened, loaded, study.data, settings, seed, folder / "checkpoints", watch=watch, estimate=expected
+        )
         by_first(lambda: keep_weights(loaded, done.model, None, folder))
         yield done
     else:
         with adapting(study.base, schedule, settings, seed) as opened:
-            done = finetune(opened, study.base, study.data, settings, seed, folder / "checkpoints", watch=watch)
+            expected = study.estimate("training")
+            done = finetune(
+                opened, study.base, study.data, settings, seed, folder / "checkpoints", watch=watch, estimate=expected
+            )
             by_first(lambda: keep_weights(study.base, done.model, schedule, folder))
             yield done
 
@@ -269,7 +290,7 @@ def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...
     settings, training = study.config.evaluation, study.config.training
     how = Answering(settings.batch_size, settings.max_new_tokens, training.cache_gigabytes)
     with on_training_device(model):
-        answer_tasks(model, study.data.reader, study.tasks, folder, how)
+        answer_tasks(model, study.data.reader, study.tasks, folder, how, study.estimate("evaluation"))
     return finish(folder, study.tasks)
 
 

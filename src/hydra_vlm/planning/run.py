@@ -1,7 +1,6 @@
 """From a configuration to its plan: the model's numbers, the data's lengths, the device's memory."""
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.models.loading import resolve_model
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.processors import load_processor
-from hydra_vlm.planning.advice import Planner, Remedy, remedies, remedy_text
+from hydra_vlm.planning.advice import Planner, Remedy, remedies
 from hydra_vlm.planning.lengths import DataSize, data_size
 from hydra_vlm.planning.plan import GIB, Device, Plan, plan_of
 from hydra_vlm.planning.reading import Outline, outline, shape_of
@@ -52,28 +51,20 @@ def planner_of(config: Config, device: Device) -> Planner:
     return plan
 
 
-def advice(config: Config, phase: str = "training", gigabytes: float | None = None) -> str:
-    """After a device ran out of memory: what the plan had said of the phase, and what to lower, in a few lines.
+def estimate(config: Config, phase: str = "training", gigabytes: float | None = None) -> str:
+    """What the plan says of a phase's memory, in a sentence for one whose device ran out of it.
 
-    It never raises: where no plan can be made, the lines name the keys alone. `gigabytes` (GiB) is the memory that
-    there was; None: the device's.
+    It never raises: where no plan can be made it is empty. `gigabytes` is as `make_plan` takes it.
     """
-    general = "lower training.device_batch_size, or set training.gradient_checkpointing=true"
     try:
-        device = _device(config, gigabytes)
-        planner = planner_of(config, device)
-        plan = planner(config)
-        named = [p for p in plan.phases if p.name == phase] or [plan.peak]
-        told = named[0].memory.total
-        if plan.fits:  # the plan was wrong, or others use the device: plan for a tenth less than what did not fit
-            plan = replace(plan, device=replace(device, memory=min(device.memory, int(0.9 * plan.peak.memory.total))))
-            planner = planner_of(config, plan.device)
-        found = remedies(config, plan, planner)
-        lines = remedy_text(plan, found).split("\n")[1:]
-    except (HydraError, OSError, RuntimeError, ValueError) as problem:
-        return f"out of memory in {phase}: {general} (no plan could be made: {problem})"
-    estimate = f"the plan says {told / GIB:.2f} GiB at the peak of {named[0].name}, the device has"
-    return "\n".join([f"out of memory in {phase}: {estimate} {device.memory / GIB:.2f} GiB. Lower:", *lines])
+        plan = planner_of(config, _device(config, gigabytes))(config)
+    except (HydraError, OSError, RuntimeError, ValueError, MemoryError):
+        return ""
+    told = next((found for found in plan.phases if found.name == phase), plan.peak)
+    return (
+        f"The plan was {told.memory.total / GIB:.2f} GiB for {told.name} on a device of "
+        f"{plan.device.memory / GIB:.2f} GiB (`hydra-vlm plan` says what makes it smaller)."
+    )
 
 
 def _uniform(graph: ComputationGraph, config: Config) -> RankSchedule:

@@ -65,8 +65,8 @@ def what_to_lower(trainer: Any, settings: TrainingConfig) -> str:
     smaller = max((n for n in range(1, on_one // 2 + 1) if together % n == 0), default=None)
     if smaller is None:
         return (
-            "One record at a time is on a device already: shorten data.max_length, choose dtype=bfloat16, or a device "
-            "with more memory."
+            "One record at a time is on a device already: set training.gradient_checkpointing=true, shorten "
+            "data.max_length, choose dtype=bfloat16, or a device with more memory."
         )
     return (
         f"Lower training.device_batch_size, now {on_one} (x {accumulation} accumulation): with "

@@ -27,7 +27,7 @@ from hydra_vlm.processes import count
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.even_batches import WithBlanks, blanking
 from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
-from hydra_vlm.training.guarded import train_guarded
+from hydra_vlm.training.guarded import Estimate, train_guarded
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
@@ -134,11 +134,13 @@ def finetune(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     watch: Watch | None = None,
+    estimate: Estimate = str,
 ) -> Finetuned:
     """Train what `prepare` opened; a run that was stopped goes on from its last whole checkpoint in `folder`.
 
     The data order follows from `seed` alone, so schedules are compared on the same batches. `watch` is told step and
-    validation loss at `settings.watch_steps`; training goes on as it would without.
+    validation loss at `settings.watch_steps`; training goes on as it would without. `estimate` is asked for what the
+    run was expected to take, should memory run out.
 
     Raises:
         HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk.
@@ -165,7 +167,7 @@ def finetune(
         trainer.remove_callback(PrinterCallback)
         with tracked(trainer, settings.trackers, folder.parent):
             with checkpointing(loaded.model, settings):
-                train_guarded(trainer, folder, settings)
+                train_guarded(trainer, folder, settings, estimate)
             validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
     bring_back(opened, model)
     return Finetuned(
