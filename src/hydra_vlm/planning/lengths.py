@@ -8,12 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from hydra_vlm.benchmarks.protocol import Example
 from hydra_vlm.benchmarks.suite import tasks_of
 from hydra_vlm.config import Config
 from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
 from hydra_vlm.data.readers import Reader, open_reader
-from hydra_vlm.data.records import Record, read_records, sample
+from hydra_vlm.data.record_file import scan
+from hydra_vlm.data.records import Record, sample, sample_numbers
 from hydra_vlm.data.templates import IGNORED
 from hydra_vlm.planning.shapes import Batch
 
@@ -52,7 +55,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class DataSize:
-    """Training rows, validation rows and test prompts, how many different images they show, and where that is from."""
+    """Training rows, validation rows and test prompts, how many different images they show, and where that is from.
+
+    An image of a test that is one of training as well counts twice.
+    """
 
     train: Rows
     validation: Rows | None
@@ -84,19 +90,22 @@ def data_size(config: Config, processor: Any | None, longest: int) -> DataSize:
 
 def _read(config: Config, processor: Any, files: DataFiles, scratch: Path) -> DataSize:
     reader = open_reader(processor, config.data.template)
-    train = read_records(files.train, files.images)
-    validation = read_records(files.validation, files.images) if files.validation else []
-    validation = sample(validation, config.data.validation_limit)
+    train = scan(files.train, files.images).records
+    validation = None
+    if files.validation:
+        validation = scan(files.validation, files.images).records
+        validation = validation.select(sample_numbers(len(validation), config.data.validation_limit))
     has_tests = bool(files.tests) or files.benchmarks is not None
     tasks = tasks_of(files, (), scratch / "images") if has_tests else []
     limited = [task.limited(config.evaluation.limit) for task in tasks]
     questions = [example for task in limited for example in task.examples]
-    images = {r.image for r in (*train, *validation) if r.image} | {e.image for e in questions if e.image}
+    seen = np.concatenate([found.rows["image"] for found in (train, validation) if found is not None])
+    images = np.count_nonzero(np.unique(seen)) + len({e.image for e in questions if e.image})
     size = DataSize(
         train=_rows(reader, train),
         validation=_rows(reader, validation) if validation else None,
         tests=_rows(reader, [_asked(example) for example in questions]) if questions else None,
-        images=len(images),
+        images=int(images),
         source="",
         is_read=True,
     )
