@@ -256,7 +256,7 @@ class PlainScript:
         self.size, self.steps, self.by_length = size, steps, contender.by_length
         self.base = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.items = dataset(self.processor, size, home).items
+        self.items = list(dataset(self.processor, size, home))
         self.projector = {k: v.clone() for k, v in self.base.model.mm_projector.state_dict().items()}
 
     def run(self, scratch: Path) -> tuple[Any, list[float]]:
