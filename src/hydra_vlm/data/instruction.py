@@ -53,9 +53,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         item = self._kept.get(index)
         if item is None:
             item = self.reader.item(self.records[index])
-        return item | {"place": self._place(index)}
+        return item | {"place": self.place(index)}
 
-    def _place(self, index: int) -> str:
+    def place(self, index: int) -> str:
+        """Where a record stands, for messages."""
         if isinstance(self.records, RecordFile):
             return self.records.place(index)
         return f"record {self.records[index].id}"

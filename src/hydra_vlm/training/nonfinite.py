@@ -21,12 +21,12 @@ from hydra_vlm.training.progress import tell
 class FiniteSteps(TrainerCallback):
     """Looks at each optimizer step before it is applied; one look at the device a step.
 
-    `folder` is where steps are written down; `allowed` is how many in a row may be left out; `name` gives a record's
-    id by its number. It must come after every callback that reads gradients.
+    `folder` is where steps are written down; `allowed` is how many in a row may be left out; `told` says which record a
+    number stands for, its `id` and its `place`. It must come after every callback that reads gradients.
     """
 
-    def __init__(self, folder: Path, allowed: int, name: Callable[[int], str]) -> None:
-        self.folder, self.allowed, self.name = folder, allowed, name
+    def __init__(self, folder: Path, allowed: int, told: Callable[[int], dict[str, str]]) -> None:
+        self.folder, self.allowed, self.told = folder, allowed, told
         self.in_a_row = 0
         self._numbers: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -70,7 +70,7 @@ class FiniteSteps(TrainerCallback):
         """One step's file; then the error, or a line."""
         step = state.global_step + 1
         losses = [loss for part, _ in seen for loss in part]
-        records = [{"row": number + 1, "id": self.name(number)} for _, part in seen for number in part]
+        records = [self.told(number) for _, part in seen for number in part]
         path = self.folder / f"nonfinite-step-{step}.json"
         if state.is_world_process_zero:
             write_json(
@@ -94,7 +94,7 @@ class FiniteSteps(TrainerCallback):
 
     def _message(self, step: int, what: str, rate: float, ids: list[str], path: Path) -> str:
         shown = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
-        row = f" for the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
+        row = f", the last of {self.in_a_row} such steps in a row" if self.in_a_row > 1 else ""
         return (
             f"step {step}: {what}{row}, at learning rate {rate:.3g}; the step was not applied. Its records are "
             f"{shown}, all in {path}. Look at them, or lower training.learning_rate; training.skip_spikes="

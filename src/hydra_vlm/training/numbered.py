@@ -33,9 +33,9 @@ class Numbered(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.data[index], NUMBERS: index}
 
-    def name(self, number: int) -> str:
-        """What a user finds a record by."""
-        return self.data.records[number].id
+    def told(self, number: int) -> dict[str, str]:
+        """What a user finds a record by: its `id` and its `place` in the file."""
+        return {"id": self.data.records[number].id, "place": self.data.place(number)}
 
 
 class NumberedBatch:
