@@ -65,8 +65,10 @@ class NumberedBatch:
 
     def _culprit(self, rows: Sequence[dict[str, Any]], numbers: Sequence[int], problem: Exception) -> str:
         """The first record that makes no batch by itself; where each does, all of them."""
-        names = [f"record {self.data.name(n)} ({row['place']})" for n, row in zip(numbers, rows, strict=False)]
-        names = names or [row["place"] for row in rows]  # validation records have no number
+        told = [self.data.told(number) for number in numbers]
+        names = [f"record {one['id']} ({one['place']})" for one in told] or [
+            row["place"] for row in rows
+        ]  # validation records have no number
         for name, row in zip(names, rows, strict=True):
             try:
                 self.batch([row])
