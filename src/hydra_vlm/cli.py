@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -672,18 +672,21 @@ def main() -> None:
             processes.require_shared(sys.argv[1:], SHARED)
             app()
     except HydraError as problem:
-        if processes.is_first_to_say(str(problem)):
-            _say(f"error: {problem}")
-        sys.exit(processes.FAILED)
+        _fail(str(problem))
     except Interrupted as stop:
-        if processes.is_first():
-            _say(str(stop))
+        _say(str(stop))
         sys.exit(stop.code)
     except Exception as problem:
         if not is_disk_full(problem):
             raise
-        _say(f"error: no room on the disk ({problem}): make room and repeat the command")
-        sys.exit(processes.FAILED)
+        _fail(f"no room on the disk ({problem}): make room and repeat the command")
+
+
+def _fail(message: str) -> NoReturn:
+    """End with an error; of several processes whoever meets it first says it."""
+    if processes.is_first_to_say(message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(processes.FAILED)
 
 
 if __name__ == "__main__":
