@@ -141,7 +141,7 @@ def test_each_way_of_saving_saves_where_it_should(saved: Path) -> None:
     assert plain.parts["optimizer states"] == 4 * eight.parts["optimizer states"]
     four = memory.weights(shape, replace(how, four_bits=True), True)
     assert 7 * four.parts["weights: decoder, 4 bits"] < memory.weights(shape, how, True).parts["weights: decoder"]
-    few = memory.training_step(with_cache(shape, True), batch, replace(how, head="supervised"))
+    few = memory.training_step(with_cache(shape, True), batch, replace(how, supervised_only=True))
     assert few.total < plain.total
     full = memory.training_step(shape, batch, how, full=True)
     assert full.parts["optimizer states"] > 5 * plain.parts["optimizer states"]

@@ -6,10 +6,11 @@ scores again. LoRA of rank r costs 2 T r (in + out) forward, twice that backward
 layer's forward pass twice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from hydra_vlm.planning.memory import head_positions
-from hydra_vlm.planning.shapes import Batch, Manner, Shape, Stack
+from hydra_vlm.planning.memory import head_positions, is_end
+from hydra_vlm.planning.shapes import Batch, Linear, Manner, Shape, Stack
 
 FORMULA = (
     "FLOPs count matrix products, 2 a multiply-add. Forward: 2 T (sum of in x out + rank (in + out)) + 4 B H d L^2 a "
@@ -33,14 +34,19 @@ class Work:
         return self.layers + self.attention + self.adapter + self.head + self.projector + self.tower
 
 
-def forward(shape: Shape, batch: Batch, positions_with_logits: int) -> Work:
-    """One forward pass."""
+def forward(shape: Shape, batch: Batch, positions_with_logits: int, end: int | None = None) -> Work:
+    """One forward pass; `end` is the number of positions that reach the end of the last layer (None: all)."""
     stack, tokens = shape.decoder, batch.positions
-    projections = [p for layer in stack.layers for p in layer]
+    spared = (tokens - end) if end is not None else 0
+
+    def over_layers(cost: Callable[[Linear], int]) -> int:
+        last = sum(cost(p) for p in stack.layers[-1] if is_end(p))
+        return 2 * (tokens * sum(cost(p) for layer in stack.layers for p in layer) - spared * last)
+
     return Work(
-        layers=2 * tokens * sum(p.weights for p in projections),
+        layers=over_layers(lambda p: p.weights),
         attention=len(stack.layers) * 4 * batch.rows * stack.attention * batch.length**2,
-        adapter=2 * tokens * sum(p.rank * (p.inputs + p.outputs) for p in projections),
+        adapter=over_layers(lambda p: p.rank * (p.inputs + p.outputs)),
         head=2 * positions_with_logits * stack.width * shape.vocabulary,
         projector=batch.images * shape.projector.forward,
         tower=0 if shape.tower.is_cached else batch.images * shape.tower.forward,
@@ -49,7 +55,8 @@ def forward(shape: Shape, batch: Batch, positions_with_logits: int) -> Work:
 
 def training_step(shape: Shape, batch: Batch, how: Manner, full: bool = False, trained_projector: bool = True) -> Work:
     """Forward and backward of one batch on one device."""
-    once = forward(shape, batch, head_positions(shape, batch, how))
+    few = head_positions(batch, how)
+    once = forward(shape, batch, few, few)
     again = 1 if how.checkpointing else 0
     attention = 2.5 if how.attention == "sdpa" else 2.0
     return Work(

@@ -11,7 +11,9 @@ Under autocast, or where weights are in bfloat16, each adapted linear keeps an i
 the adapter; and autocast keeps bfloat16 copies of frozen float32 weights until the backward pass.
 """
 
-from hydra_vlm.planning.shapes import Batch, Layer, Manner, Memory, Shape, Stack
+from collections.abc import Iterable
+
+from hydra_vlm.planning.shapes import Batch, Layer, Linear, Manner, Memory, Shape, Stack
 
 FLOAT = 4
 ADAM = {"adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bit": 2.0}
@@ -21,26 +23,53 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 al. 2023, double quantisation)."""
 
 
-def saved_by_layer(stack: Stack, layer: Layer, batch: Batch, how: Manner, full: bool = False) -> int:
-    """Bytes that autograd keeps of one layer for its backward pass; `full` where all of the layer is trained."""
+MOST_SUPERVISED = 0.75
+"""Above this share of supervised positions training computes them all (`training.supervised`)."""
+
+
+ENDS = {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"}
+"""What the last layer computes at supervised positions alone, where that is asked for."""
+
+
+def is_end(linear: Linear) -> bool:
+    """Whether a linear of the last layer is computed at supervised positions alone, where that is asked for."""
+    return linear.component.rpartition(".")[2] in ENDS
+
+
+def saved_by_layer(
+    stack: Stack, layer: Layer, batch: Batch, how: Manner, full: bool = False, end: int | None = None
+) -> int:
+    """Bytes that autograd keeps of one layer for its backward pass; `full` where all of the layer is trained.
+
+    `end` is the number of positions that reach the end of the last layer (None: all, as in the others).
+    """
     product = how.product
-    adapted = [p for p in layer if p.rank or full]
     own = product if how.autocast else FLOAT if how.weight < FLOAT else 0
-    if own:
-        inputs = own * sum(p.inputs for p in adapted)
-    else:
-        inputs = FLOAT * sum({(p.inputs, _source(p.component)): p.inputs for p in adapted}.values())
-    ranks = (product if how.autocast else FLOAT) * sum(p.rank for p in adapted)
+
+    def of_linears(linears: Iterable[Linear]) -> int:
+        """Inputs, and LoRA's inner values, of a position."""
+        adapted = [p for p in linears if p.rank or full]
+        ranks = (product if how.autocast else FLOAT) * sum(p.rank for p in adapted)
+        if own:
+            return own * sum(p.inputs for p in adapted) + ranks
+        return FLOAT * sum({(p.inputs, _source(p.component)): p.inputs for p in adapted}.values()) + ranks
+
     norms = 2 * FLOAT * (stack.width + 1) + (2 * how.weight * stack.width if full else 0)
     attention = 3 * product * stack.attention
     if how.attention == "eager":
         attention += stack.heads * batch.length * (FLOAT + (product if product < FLOAT else 0))
     else:
         attention += 2 * FLOAT * stack.heads + (product * stack.attention if own else 0)
-    per_position = norms + inputs + ranks + attention + product * _feed_forward(stack, layer)
+    between = product * _feed_forward(stack, layer)
+    if end is None:
+        values = batch.positions * (norms + attention + of_linears(layer) + between)
+    else:
+        ends = [p for p in layer if is_end(p)]
+        kept = norms + attention + of_linears(p for p in layer if not is_end(p))
+        values = batch.positions * kept + end * (of_linears(ends) + between)
     copies = 2 * sum(p.weights for p in layer) if how.autocast and how.weight == FLOAT and not how.four_bits else 0
     adapter_copies = 2 * sum(p.rank * (p.inputs + p.outputs) for p in layer) if how.autocast else 0
-    return int(batch.positions * per_position) + copies + adapter_copies
+    return int(values) + copies + adapter_copies
 
 
 def _source(component: str) -> str:
@@ -83,11 +112,10 @@ def forward_of_layer(stack: Stack, layer: Layer, batch: Batch, how: Manner) -> i
     return max(halves) + 3 * how.weight * batch.positions * stack.width + dequantized
 
 
-def head_positions(shape: Shape, batch: Batch, how: Manner) -> int:
-    """Positions whose logits a training step computes."""
-    many = batch.positions * shape.vocabulary > how.head_threshold
-    at_supervised = how.head == "supervised" or (how.head == "auto" and many)
-    return batch.supervised if at_supervised else batch.positions
+def head_positions(batch: Batch, how: Manner) -> int:
+    """Positions whose logits a training step or a validation batch computes."""
+    few = batch.supervised <= MOST_SUPERVISED * batch.positions
+    return batch.supervised if how.supervised_only and few else batch.positions
 
 
 def weights(shape: Shape, how: Manner, trained_projector: bool) -> Memory:
@@ -114,15 +142,17 @@ def training_step(
 ) -> Memory:
     """The peak of a training step: at the loss, or in the last layer's backward pass, whichever takes more."""
     trained = trained_count(shape, full, trained_projector)
-    layers = [saved_by_layer(shape.decoder, layer, batch, how, full) for layer in shape.decoder.layers]
+    *others, last = shape.decoder.layers
+    layers = [saved_by_layer(shape.decoder, layer, batch, how, full) for layer in others]
+    few = head_positions(batch, how)
+    layers.append(saved_by_layer(shape.decoder, last, batch, how, full, few if few < batch.positions else None))
     layers += tower_saved(shape, batch, how)
     if how.checkpointing:
         inputs = how.weight * batch.positions * shape.decoder.width * len(shape.decoder.layers)
         kept = {"layer inputs": 0 if how.offload else inputs, "one layer, computed again": max(layers)}
     else:
         kept = {"activations": sum(layers)}
-    last = shape.decoder.layers[-1]
-    head = head_positions(shape, batch, how) * shape.vocabulary * 3 * FLOAT
+    head = few * shape.vocabulary * 3 * FLOAT
     backward = backward_of_layer(shape.decoder, last, batch, how)
     at_loss = head - (kept["one layer, computed again"] if how.checkpointing else 0) > backward
     if at_loss and how.checkpointing:
@@ -160,8 +190,7 @@ def images_of(shape: Shape, batch: Batch, how: Manner) -> Memory:
 def validation_step(shape: Shape, batch: Batch, how: Manner, trained_projector: bool = True) -> Memory:
     """The peak of a validation batch: no graph, but logits, and the optimizer's states still there."""
     trained = trained_count(shape, False, trained_projector)
-    positions = batch.supervised if how.validation_head == "supervised" else batch.positions
-    head = positions * shape.vocabulary * (2 * FLOAT + (2 if how.product < FLOAT else 0))
+    head = head_positions(batch, how) * shape.vocabulary * (2 * FLOAT + (2 if how.product < FLOAT else 0))
     forward = forward_of_layer(shape.decoder, shape.decoder.layers[-1], batch, how)
     top = {"logits": head} if head > forward else {"forward of one layer": forward}
     stream = 2 * how.weight * batch.positions * shape.decoder.width

@@ -98,7 +98,7 @@ class Plan:
         }
 
 
-def manner_of(config: Config, kind: str, head: str = "all") -> Manner:
+def manner_of(config: Config, kind: str) -> Manner:
     """How a device of that kind will compute this configuration; a CUDA device is taken to compute in bfloat16."""
     cuda = kind == "cuda"
     training = config.training
@@ -111,17 +111,16 @@ def manner_of(config: Config, kind: str, head: str = "all") -> Manner:
         offload=training.offload_activations and kind != "cpu",
         optimizer=training.optimizer,
         four_bits=config.quantization == "nf4",
-        head="auto" if head == "auto" else "all",
+        supervised_only=training.supervised_only,
     )
 
 
-def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, head: str = "all", devices: int = 1) -> Plan:
+def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, devices: int = 1) -> Plan:
     """Every phase that the configuration asks for.
 
     `shape` carries the measuring (uniform) adapter; every schedule under the same budget has at most its parameters.
-    `head` says at which positions training computes logits, as in `Manner`.
     """
-    how = manner_of(config, device.kind, head)
+    how = manner_of(config, device.kind)
     training = config.training
     on_one = training.device_batch_size or max(1, training.batch_size // devices)
     accumulation = max(1, training.batch_size // (on_one * devices))
@@ -182,7 +181,8 @@ def _validation(
         return None
     rows = min(rows, data.validation.count or rows)
     batch = data.validation.batch(rows, data.validation.longest)
-    work = flops.forward(shape, batch, batch.positions).total
+    few = memory.head_positions(batch, how)
+    work = flops.forward(shape, batch, few, few).total
     batches = -(-data.validation.count // rows) if data.is_read else None
     return Phase(
         "validation", "batch", memory.validation_step(shape, batch, how, trains_projector) + extra, work, batches, batch

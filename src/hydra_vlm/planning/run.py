@@ -10,7 +10,6 @@ from hydra_vlm.config import Config
 from hydra_vlm.errors import ConfigError, HydraError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.models.loading import resolve_model
-from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.processors import load_processor
 from hydra_vlm.planning.advice import Planner, Remedy, remedies
 from hydra_vlm.planning.lengths import DataSize, data_size
@@ -39,14 +38,13 @@ def planner_of(config: Config, device: Device) -> Planner:
     source = outline(folder, config.decoder_pattern, config.adapt)
     shape = shape_of(source, _uniform(source.parts.graph, config))
     read: dict[int, DataSize] = {}
-    head = "auto" if isinstance(source.config, MobileVLMConfig) else "all"
     processor = _processor(config, source)
     longest = int(getattr(source.config.get_text_config(), "max_position_embeddings", config.data.max_length))
 
     def plan(changed: Config) -> Plan:
         if changed.data.max_length not in read:
             read[changed.data.max_length] = data_size(changed, processor, longest)
-        return plan_of(changed, shape, read[changed.data.max_length], device, head)
+        return plan_of(changed, shape, read[changed.data.max_length], device)
 
     return plan
 

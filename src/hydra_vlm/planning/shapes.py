@@ -105,9 +105,8 @@ class Shape:
 class Manner:
     """How a model is computed: sizes in bytes, and which of the memory-saving ways are taken.
 
-    `weight` is the size of a frozen weight; `autocast` computes products in bfloat16. `head` says at which positions
-    training computes logits: all, the supervised ones, or the supervised ones where all would be more than
-    `head_threshold` values; `validation_head` says the same of validation.
+    `weight` is the size of a frozen weight; `autocast` computes products in bfloat16. With
+    `supervised_only`, logits and the last layer's end are computed at supervised positions alone.
     """
 
     weight: int = 4
@@ -117,9 +116,7 @@ class Manner:
     offload: bool = False
     optimizer: str = "adamw"
     four_bits: bool = False
-    head: Literal["all", "supervised", "auto"] = "all"
-    head_threshold: int = 2**24
-    validation_head: Literal["all", "supervised"] = "all"
+    supervised_only: bool = False
 
     @property
     def product(self) -> int:
