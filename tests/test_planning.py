@@ -15,6 +15,7 @@ from families import FAMILIES
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
 from hydra_vlm.commands.plan import plan_config
 from hydra_vlm.config import TrainingConfig
+from hydra_vlm.data.templates import IGNORED
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.loading import LoadedModel, load_model
 from hydra_vlm.planning import flops, memory
@@ -24,6 +25,7 @@ from hydra_vlm.planning.reading import outline, shape_of, with_cache
 from hydra_vlm.planning.run import estimate, make_plan, planner_of
 from hydra_vlm.planning.shapes import Batch, Manner, Shape
 from hydra_vlm.training.recipe import adapting, count_trained
+from hydra_vlm.training.speed import sped_up
 from tiny import save_tiny_model, toy_config
 
 ROWS, LENGTH, RANK = 3, 48, 4
@@ -90,6 +92,29 @@ def test_kept_activations_are_what_autograd_keeps(saved: Path, dtype: str, autoc
     layers = sum(memory.saved_by_layer(shape.decoder, layer, batch, how) for layer in shape.decoder.layers)
     rest = batch.positions * (4 * shape.vocabulary + 4 * shape.decoder.width) + ROWS * shape.projector.saved
     assert layers + rest == pytest.approx(measured, rel=0.05)
+
+
+def test_a_faster_step_keeps_and_computes_what_is_planned(saved: Path) -> None:
+    loaded, shape = load_model(str(saved), "cpu"), shape_at(saved, RANK)
+    supervised = LENGTH // 3
+    batch, how = Batch(ROWS, LENGTH, ROWS, ROWS * supervised), Manner(supervised_only=True)
+    given = inputs(loaded)
+    given["labels"] = given["labels"].clone()
+    given["labels"][:, :-supervised] = IGNORED
+    settings = TrainingConfig()
+    with opened(loaded, RANK) as model, sped_up(model, loaded.parts, settings) as positions:
+        assert positions is not None
+        positions.read(given["labels"])
+        measured = kept_bytes(model.train(), given, False)
+        with FlopCounterMode(display=False) as counter:
+            model(**given).loss.backward()
+    end = ROWS * supervised
+    *others, last = shape.decoder.layers
+    layers = sum(memory.saved_by_layer(shape.decoder, layer, batch, how) for layer in others)
+    layers += memory.saved_by_layer(shape.decoder, last, batch, how, end=end)
+    rest = 4 * end * shape.vocabulary + 4 * batch.positions * shape.decoder.width + ROWS * shape.projector.saved
+    assert layers + rest == pytest.approx(measured, rel=0.05)
+    assert flops.training_step(shape, batch, how).total == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
