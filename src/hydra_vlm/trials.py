@@ -38,7 +38,7 @@ from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
 from hydra_vlm.planning.run import estimate
-from hydra_vlm.processes import by_first, in_turn, shards_model
+from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, open_run
@@ -325,7 +325,7 @@ def _encode(
     if validation is not None:
         chosen = sample_numbers(len(validation.records), config.data.validation_limit)
         sets.append(check_reading(replace(validation, records=validation.records.select(chosen)), reader, length))
-    settle(sets, config.data.on_bad_row, folder.path, say)
+    settle(sets, config.data.on_bad_row, folder.path if is_first() else None, say)
     images = {path for checked in sets for _, path in checked.records.images()}
     disk = config.training.disk_cache_gigabytes
     store = FeatureStore(folder.path / "features", disk) if disk else None
