@@ -163,7 +163,7 @@ def test_labels_are_the_answers_with_their_end(trained: Trained) -> None:
         said = reader.tokenizer.decode(labels[labels != IGNORED])
         assert said == "".join(f"{family.lead}{text}{family.end}" for text in record["conversations"][1::2])
     lengths = batch["attention_mask"].sum(dim=1).tolist()
-    assert [item["length"] for item in trained.study.data.train.items] == lengths  # foreseen without the images
+    assert [item["length"] for item in trained.study.data.train] == lengths  # foreseen without the images
 
 
 def test_prompts_are_the_processors_own(trained: Trained) -> None:

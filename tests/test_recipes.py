@@ -41,7 +41,7 @@ def test_the_paper_s_recipes_hold_its_numbers(size: str, tmp_path: Path) -> None
         asked = training_arguments(config.training, 42, tmp_path, torch.device("cpu"))
         assert (asked.num_train_epochs, asked.max_steps) == (1, -1)
         assert (asked.lr_scheduler_type, asked.warmup_steps, asked.seed) == ("cosine", 0.03, 42)
-        assert (asked.optim, asked.weight_decay) == ("adamw_torch", 0.0)
+        assert (asked.optim, asked.weight_decay) == ("adamw_torch_fused", 0.0)
         batch = asked.per_device_train_batch_size * asked.gradient_accumulation_steps
         assert batch == config.training.batch_size
 

@@ -33,14 +33,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, layers: int = 4, kv_heads: int = 2) -> Path:
+def save_tiny_model(folder: Path, layers: int = 4, kv_heads: int = 2, hidden: int = 32, intermediate: int = 48) -> Path:
     """Write a random MobileVLM and its processor to `folder`."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,

@@ -5,11 +5,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from hydra_vlm import processes
 from hydra_vlm.errors import ConfigError, HydraError
+from hydra_vlm.faults import is_disk_full
+from hydra_vlm.interruption import Interrupted, ending_in_order
 
 app = typer.Typer(
     help="Hierarchical and dynamic rank adaptation for vision-language models: measure where low-rank capacity is "
@@ -19,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+SHARED = ("train", "profile", "tune", "pretrain")  # commands that several processes may run together
 
 data_app = typer.Typer(help="Benchmarks and data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -59,6 +64,13 @@ StorageOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the adapter's start and of the data order.")]
+OnBadRowOption = Annotated[
+    Literal["error", "skip"] | None,
+    typer.Option(
+        help="Records that cannot be used: stop, or leave them out and list them (data.on_bad_row, error).",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -149,10 +161,11 @@ def pretrain(
     context: typer.Context,
     config: ConfigArgument = None,
     out: Annotated[Path, typer.Option(help="The run folder; model/ in it is the new model.")] = Path("runs/pretrain"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage I: train the projector on captions, write a new model."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.pretrain import pretrain as run
 
     record = run(settings, out, _say)
@@ -165,10 +178,11 @@ def profile(
     context: typer.Context,
     config: ConfigArgument = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/profile"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure gradient norms in a short LoRA run."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.trials import measure_profile, prepare_study
 
     study = prepare_study(settings, out, _say)
@@ -186,10 +200,11 @@ def train(
     ] = "uniform",
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune with one schedule; keep adapter, answers, scores."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.trials import prepare_study, run_trial
     from hydra_vlm.tune import schedule_for
 
@@ -304,19 +319,68 @@ def worlds(
 
 @data_app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds one folder a benchmark.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="FILE|DIR", help="A LLaVA-format file, or a folder with a folder a benchmark.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="The image folder of FILE (default: its own).", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Check texts and lengths for this model, too: `embedded` or its folder.", show_default=False),
+    ] = None,
+    template: TemplateOption = "auto",
+    max_length: Annotated[int, typer.Option(min=1, help="Longest conversation in tokens, images counted.")] = 1024,
+    max_image_pixels: Annotated[
+        int, typer.Option(min=1, help="An image with more pixels, once it is square, is bad.")
+    ] = 89_478_485,
+    out: Annotated[
+        Path | None, typer.Option(help="Write preflight.json and preflight-rows.jsonl there.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which of the six benchmarks are complete.
+    """Check a data file by row, or a folder of benchmarks.
 
-    Names what the others lack and where to get it. Loads no torch.
+    A LLaVA-format file: every record, every image once and, with --model, every text and length, as training would
+    before it begins; what was checked is remembered. A folder: which of the six benchmarks are complete, what the
+    others lack and where to get it. Loads no torch without --model.
     """
-    from hydra_vlm.commands.data import check_folder
+    from hydra_vlm.commands.data import FileRequest, check_data_file, check_folder
 
-    found = check_folder(folder)
+    if data.is_file():
+        if model is not None:
+            _quiet_transformers()
+        request = FileRequest(data, images, model, template, max_length, max_image_pixels)
+        checked = check_data_file(request, out)
+        print(json.dumps(checked.to_json()) if as_json else checked.table())
+        if checked.bad:
+            raise typer.Exit(1)
+        return
+    found = check_folder(data)
     print(json.dumps([c.to_json() for c in found]) if as_json else "\n".join(c.summary() for c in found))
     if any(c.problem for c in found):
         raise typer.Exit(1)
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def plan(
+    context: typer.Context,
+    config: ConfigArgument = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of the device (default: of the device that is here).", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict parameters, peak memory and FLOPs before anything runs.
+
+    Loads no weights. Says what to change where a run will not fit; for a device that is not here, give device=cuda and
+    its --memory.
+    """
+    settings = _config(config, context.args)
+    from hydra_vlm.commands.plan import plan_config
+
+    text, found = plan_config(settings, memory)
+    print(json.dumps(found) if as_json else text)
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -324,13 +388,15 @@ def tune(
     context: typer.Context,
     config: ConfigArgument = None,
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it goes on.")] = Path("runs/tune"),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Profile, allocate, fine-tune every schedule, compare, report."""
-    settings = _config(config, context.args)
+    settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.tune import tune as run
 
-    _report(run(settings, out, _say).path, as_json)
+    folder = run(settings, out, _say).path
+    processes.by_first(lambda: _report(folder, as_json))
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -359,6 +425,7 @@ def search(
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished search in it goes on.")] = Path(
         "runs/search"
     ),
+    on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best schedule under the budget.
@@ -368,7 +435,7 @@ def search(
     workers may join at any time (`hydra-vlm worker`). Started again after it was stopped or killed, the same command
     goes on; with more --trials, so does a finished search.
     """
-    asked = {"search.trials": trials, "search.sampler": sampler}
+    asked = {"search.trials": trials, "search.sampler": sampler, "data.on_bad_row": on_bad_row}
     settings = _config(
         config, [*context.args, *(f"{key}={value}" for key, value in asked.items() if value is not None)]
     )
@@ -478,6 +545,22 @@ def export(
 
 
 @app.command()
+def devices(
+    form: Annotated[
+        Literal["ddp", "fsdp", "zero2", "zero3"],
+        typer.Argument(help="The whole model on every GPU (ddp), or in parts: FSDP, DeepSpeed ZeRO-2, ZeRO-3."),
+    ],
+) -> None:
+    """Name the file with which several GPUs are used.
+
+    accelerate launch --config_file "$(hydra-vlm devices fsdp)" --num_processes 8 -m hydra_vlm train …
+    """
+    from hydra_vlm.config import RECIPES
+
+    print(RECIPES / "accelerate" / f"{form}.yaml")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: JsonOption = False,
@@ -518,12 +601,12 @@ def convert(
 
 @contextmanager
 def _leaving(out: Path) -> Iterator[None]:
-    """Ctrl-C in a search: one line in place of a traceback."""
+    """A search that is told to end: one line in place of a traceback."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         _say(f"stopped; the same command goes on with what is in {out}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.code if isinstance(stop, Interrupted) else 130) from None
 
 
 def _report(run: Path, as_json: bool) -> None:
@@ -554,16 +637,18 @@ def _scores(scores: Any, as_json: bool) -> None:
             print(f"  average of the six, MME's perception / 20 among them: {mean:.2f}")
 
 
-def _config(first: str | None, rest: list[str]) -> Any:
+def _config(first: str | None, rest: list[str], on_bad_row: str | None = None) -> Any:
     """The configuration of a command that loads a model; transformers' own bars and notices are turned off."""
     from hydra_vlm.config import load_config, split_overrides
 
+    rest = [*rest, f"data.on_bad_row={on_bad_row}"] if on_bad_row else rest
     words = [first, *rest] if first else rest
     path = None
     if first and "=" not in first and not first.startswith("--"):
         path, words = Path(first), rest
     config = load_config(path, split_overrides(words))
     _quiet_transformers()
+    processes.join(config.device)
     return config
 
 
@@ -575,17 +660,33 @@ def _quiet_transformers() -> None:
 
 
 def _say(line: str) -> None:
-    """Progress goes to standard error, results to standard output."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress goes to standard error, results to standard output; of several processes the first one speaks."""
+    if processes.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Run the command line; an error the user can put right is one line, without a traceback."""
     try:
-        app()
+        with processes.one_voice(), ending_in_order():
+            processes.require_shared(sys.argv[1:], SHARED)
+            app()
     except HydraError as problem:
-        _say(f"error: {problem}")
-        sys.exit(2)
+        _fail(str(problem))
+    except Interrupted as stop:
+        _say(str(stop))
+        sys.exit(stop.code)
+    except Exception as problem:
+        if not is_disk_full(problem):
+            raise
+        _fail(f"no room on the disk ({problem}): make room and repeat the command")
+
+
+def _fail(message: str) -> NoReturn:
+    """End with an error; of several processes whoever meets it first says it."""
+    if processes.is_first_to_say(message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(processes.FAILED)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ class DataConfig(_Section):
     )
     max_length: int = Field(1024, gt=0, description="longest conversation in tokens, image tokens counted")
     validation_limit: int | None = Field(1000, gt=0, description="use at most so many validation records")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="training and validation records that cannot be used: stop, or leave them out and say so"
+    )
+    max_image_pixels: int = Field(
+        89_478_485, gt=0, le=178_956_970, description="an image that has more once it is made square is refused unread"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +106,22 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = Field(
+        False, description="keep each layer's input alone and compute the layer again for its gradients: a third slower"
+    )
+    offload_activations: bool = Field(
+        False, description="what gradient checkpointing keeps waits in the CPU's memory, not the device's"
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw", description="8-bit states need bitsandbytes; paged ones move to the CPU's memory when CUDA's is full"
+    )
+    skip_spikes: int = Field(
+        0, ge=0, description="so many steps in a row may be left out when their loss is no number; one more stops"
+    )
     save_steps: int = Field(50, gt=0)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="who is told of losses, learning rate and gradient norm (extra `trackers`)"
+    )
     watch_steps: int = Field(30, gt=0, description="steps between validation losses, where a search prunes by them")
     cache_gigabytes: float = Field(
         2.0, ge=0, description="keep tower features in memory if they take no more than this"
@@ -108,6 +129,26 @@ class TrainingConfig(_Section):
     disk_cache_gigabytes: float = Field(
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
+    supervised_only: bool = Field(True, description="logits, and the last layer's end, at supervised positions alone")
+    fused_layers: bool = Field(
+        True, description="LoRA, norms, rotary positions, eager attention as one operation each (float32)"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that read and decode images ahead (null: up to 4 beside a GPU, else none)"
+    )
+    compile: bool = Field(False, description="torch.compile the model (in place of fused_layers)")
+    liger: bool = Field(False, description="Liger kernels, on a GPU (extra `liger`; in place of fused_layers)")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _offloads_checkpoints(self) -> "TrainingConfig":
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("offload_activations moves what gradient checkpointing keeps: set both, or neither")
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -179,6 +220,12 @@ class Config(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; auto: bfloat16 on a CUDA device that computes in it, else float32"
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the frozen decoder in four bits (QLoRA), through bitsandbytes"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="auto: eager on a CPU, else sdpa; flash attention needs its package"
     )
 
     @field_validator("adapt", mode="before")

@@ -8,7 +8,10 @@ HydraError
 ├─ AdapterError        PEFT built something else than was asked
 ├─ CheckpointError     weights that are not what their configuration says
 ├─ DataError           an instruction record, an image, a data folder
-└─ RunFolderError      an output folder that holds something else
+├─ RunFolderError      an output folder that holds something else, or a damaged file in it
+├─ TrainingError       a loss or gradient that is no number
+├─ OutOfMemoryError    a device or the machine has too little memory
+└─ DiskFullError       a file that could not be written for want of room
 
 Each message names the rule, the value, the place and the remedy.
 """
@@ -62,4 +65,16 @@ class DataError(HydraError):
 
 
 class RunFolderError(HydraError):
-    """The output folder holds a run of another configuration."""
+    """The output folder holds a run of another configuration, or a file of it is damaged."""
+
+
+class TrainingError(HydraError):
+    """Training cannot go on: the loss or a gradient is not a finite number."""
+
+
+class OutOfMemoryError(HydraError):
+    """The work needs more memory than the device or the machine has."""
+
+
+class DiskFullError(HydraError):
+    """A file could not be written for want of room."""

@@ -25,6 +25,7 @@ from hydra_vlm.data.features import Features, encode_into, encode_once, feature_
 from hydra_vlm.data.readers import Reader, SplicingReader, open_reader
 from hydra_vlm.data.templates import AUTO, require_template
 from hydra_vlm.errors import ConfigError, RunFolderError
+from hydra_vlm.faults import disk_full_told, out_of_memory_told
 from hydra_vlm.files import read_json, write_json, write_lines
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
@@ -125,14 +126,24 @@ def evaluate(request: EvaluationRequest, out: Path, say: Say = print) -> dict[st
     return scores
 
 
-def answer_tasks(model: Any, reader: Reader, tasks: Sequence[Task], folder: Path, settings: Answering) -> None:
-    """Answer what `folder` has no prediction of yet; each batch is on the disk before the next begins."""
+def answer_tasks(
+    model: Any,
+    reader: Reader,
+    tasks: Sequence[Task],
+    folder: Path,
+    settings: Answering,
+    estimate: Callable[[], str] = str,
+) -> None:
+    """Answer what `folder` has no prediction of yet; each batch is on the disk before the next begins.
+
+    `estimate` is asked for what this was expected to take, should memory run out.
+    """
     for task in tasks:
         path = folder / "predictions" / f"{task.name}.jsonl"
         done = read_predictions(path, task)
         write_lines(path, (p.to_json() for p in done))  # without a line that was cut off
         own = replace(settings, max_new_tokens=settings.max_new_tokens or task.benchmark.max_new_tokens)
-        with path.open("a", encoding="utf-8") as file:
+        with _faults_told(task.name, path, settings.batch_size, estimate), path.open("a", encoding="utf-8") as file:
 
             def save(new: list[Prediction], file: Any = file) -> None:
                 file.write("".join(json.dumps(p.to_json()) + "\n" for p in new))
@@ -149,6 +160,21 @@ def answer_tasks(model: Any, reader: Reader, tasks: Sequence[Task], folder: Path
                 save=save,
                 progress=partial(tqdm, desc=f"answering {task.name}", leave=False),
             )
+
+
+@contextmanager
+def _faults_told(name: str, path: Path, batch_size: int, estimate: Callable[[], str]) -> Iterator[None]:
+    def kept() -> str:
+        return f"The answers before are kept in {path}."
+
+    def remedy() -> str:
+        lower = "Lower max_new_tokens, or choose dtype bfloat16."
+        if batch_size > 1:
+            lower = f"Lower the batch size of the evaluation, now {batch_size}, and repeat the command: it goes on."
+        return f"{estimate()} {lower}".strip()
+
+    with disk_full_told(path, kept), out_of_memory_told(f"answering {name}", remedy, kept):
+        yield
 
 
 def tower_features(

@@ -3,20 +3,37 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hydra_vlm.errors import RunFolderError
+from hydra_vlm.errors import HydraError, RunFolderError
+from hydra_vlm.faults import disk_full_told
+
+Value = TypeVar("Value")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, whoever else writes it.
+
+    Raises:
+        DiskFullError: there is no room; what was there is there still.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with disk_full_told(path, _old_file_kept, needed=len(text)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def _old_file_kept() -> str:
+    return "All that was written before is kept."
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,6 +47,21 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_value(path: Path, from_json: Callable[[Any], Value], remedy: str) -> Value:
+    """One of this package's values from its JSON file.
+
+    Raises:
+        RunFolderError: the file is not valid JSON, or not of this kind; `remedy` says what to do.
+    """
+    try:
+        return from_json(read_json(path))
+    except HydraError as problem:
+        raise RunFolderError(f"{path} does not hold what it should ({problem}): {remedy}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
+        what = "is damaged" if isinstance(problem, ValueError) else "does not hold what it should"
+        raise RunFolderError(f"{path} {what} ({type(problem).__name__}: {problem}): {remedy}") from None
 
 
 def require_free(folder: Path) -> None:

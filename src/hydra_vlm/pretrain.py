@@ -16,11 +16,13 @@ from hydra_vlm.config import Config
 from hydra_vlm.data.builtin import CAPTIONS, QUESTIONS
 from hydra_vlm.data.templates import AUTO
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import read_json, whole_folder, write_json, write_lines
+from hydra_vlm.files import whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
+from hydra_vlm.processes import by_first
 from hydra_vlm.records import TrialRecord
+from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import finetune, prepare_projector
-from hydra_vlm.trials import Say, Study, prepare_study
+from hydra_vlm.trials import Say, Study, finished, prepare_study
 
 NAME = "projector"
 TEMPLATE = "plain"
@@ -32,17 +34,25 @@ def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
     Raises:
         HydraError: a template other than `plain`, a model without projector, or what `prepare_study` finds wrong.
     """
+    require_frugality(config, trains_base=True)
     study = prepare_study(stage_one(config), out, say)
     seed = config.seeds[0]
     folder, model_folder = study.folder.trial(f"{NAME}-seed{seed}"), study.folder.path / "model"
-    if (folder / "record.json").is_file() and model_folder.is_dir():
-        return TrialRecord.from_json(read_json(folder / "record.json"))
+    stored = folder / "record.json"
+    before = by_first(lambda: finished(stored) if model_folder.is_dir() else None)
+    if before is not None:
+        return before
     started = time.monotonic()
     loaded, record = _train(study, seed, folder, started)
-    save_model(loaded, resolve_model(study.config.model), model_folder)
+    by_first(lambda: _keep(loaded, resolve_model(study.config.model), model_folder, record, folder))
+    return record
+
+
+def _keep(loaded: LoadedModel, source: Path, model_folder: Path, record: TrialRecord, folder: Path) -> None:
+    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in record.train_losses))
+    save_model(loaded, source, model_folder)
     write_json(folder / "record.json", record.to_json())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return record
 
 
 def stage_one(config: Config) -> Config:
@@ -63,7 +73,7 @@ def stage_one(config: Config) -> Config:
 def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:
     """Model and processor as a folder, whole or not there; weights in the source folder's dtype, so that frozen ones
     stay what they were, the projector in float32."""
-    loaded.model.to(AutoConfig.from_pretrained(source).dtype or torch.float32)
+    loaded.model.to(AutoConfig.from_pretrained(source, trust_remote_code=False).dtype or torch.float32)
     if loaded.parts.projector is not None:
         loaded.model.get_submodule(loaded.parts.projector).float()
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its record was written
@@ -76,7 +86,6 @@ def _train(study: Study, seed: int, folder: Path, started: float) -> tuple[Loade
     loaded, settings = study.fresh_model(), study.config.training
     model: Any = prepare_projector(loaded)
     done = finetune(model, loaded, study.data, settings, seed, folder / "checkpoints")
-    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in done.train_losses))
     trained = {part: count for part, count in done.trained.items() if count}
     record = TrialRecord(
         name=NAME,

@@ -34,6 +34,18 @@ _PACKAGES = (
 )
 
 
+CHANGEABLE = {
+    "training.device_batch_size",
+    "training.save_steps",
+    "training.skip_spikes",
+    "training.trackers",
+    "training.cache_gigabytes",
+    "training.disk_cache_gigabytes",
+    "evaluation.batch_size",
+}
+"""Keys that a run may go on with another value of: they say how work is done, not what comes of it, rounding apart."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where a run keeps its records."""
@@ -65,9 +77,9 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
     """
     stored = path / "config.yaml"
     if stored.is_file():
-        before = flatten(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
+        before = flatten(_stored_config(stored))
         now = flatten(config.model_dump(mode="json"))
-        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+        changed = sorted(key for key in (before | now).keys() - CHANGEABLE if before.get(key) != now.get(key))
         if changed and ((path / "profile.json").exists() or any((path / "trials").glob("*"))):
             listed = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:5])
             raise RunFolderError(
@@ -80,6 +92,19 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
     write_text(stored, config.to_yaml())
     write_json(path / "environment.json", environment)
     return RunFolder(path)
+
+
+def _stored_config(stored: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if isinstance(values, dict) and values:
+        return values
+    raise RunFolderError(
+        f"{stored} is damaged: without it nobody can say of which configuration this run is. Put back the file, or the "
+        "configuration that the run was started with; else name another --out"
+    )
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:

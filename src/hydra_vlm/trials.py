@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,29 @@ from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import finish, write_examples
 from hydra_vlm.benchmarks.suite import Task, tasks_of
 from hydra_vlm.config import Config, TrainingConfig
-from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
+from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin_once
 from hydra_vlm.data.feature_store import FeatureStore
 from hydra_vlm.data.instruction import InstructionDataset
+from hydra_vlm.data.preflight import Checked, check_file, check_reading, settle
 from hydra_vlm.data.readers import Reader, open_reader
-from hydra_vlm.data.records import Record, check_images, read_records, sample
+from hydra_vlm.data.records import sample_numbers
 from hydra_vlm.data.templates import require_template
 from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.evaluation import answer_tasks, tower_features, with_features
-from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.faults import disk_full_told
+from hydra_vlm.files import read_value, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.interruption import Interrupted
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.planning.run import estimate
+from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, open_run
 from hydra_vlm.schedule import RankSchedule, Scaling
+from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.progress import Watch
 from hydra_vlm.training.recipe import (
@@ -50,8 +57,11 @@ from hydra_vlm.training.recipe import (
     resolve_bf16,
     trains_projector,
 )
+from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, require_gradients, training_device
+from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
+DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint"
 Say = Callable[[str], None]
 
 
@@ -70,6 +80,10 @@ class Study:
         """The model loaded anew, for training that changes its own weights."""
         return open_model(self.config)
 
+    def estimate(self, phase: str) -> Callable[[], str]:
+        """What the plan says of a phase's memory, made when it is asked for."""
+        return partial(estimate, self.config, phase)
+
     @property
     def budget(self) -> Budget:
         return resolve_budget(self.graph, self.config)
@@ -85,6 +99,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
         if name not in ALLOCATORS and name != FULL:
             raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL])}")
     require_template(config.data.template)
+    require_frugality(config, trains_base=FULL in config.schedules)
     loaded = open_model(config)
     reader = open_reader(loaded.processor, config.data.template)
     graph = loaded.parts.graph
@@ -95,19 +110,24 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
             f"allocation.n_stages {config.allocation.n_stages} exceeds the {longest} layers that can be told apart",
             nearest=f"Lower it to {longest} or less.",
         )
-    bf16 = resolve_bf16(config.training, loaded.model.device)
+    require_trackers(config.training.trackers)
+    bf16 = resolve_bf16(config.training, training_device(loaded.model))
     say(batch_arithmetic(config.training))
-    folder = open_run(out, config, environment(str(loaded.model.device), "bf16 autocast" if bf16 else "fp32"))
-    write_json(folder.graph, graph.to_json())
-    train, validation, tasks = _records(config, folder)
-    write_examples(folder.path, tasks)
-    data = _encode(loaded, config, reader, train, validation, tasks, folder, say)
+    place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
+    folder = by_first(lambda: open_run(out, config, environment(place, precision)))
+    by_first(lambda: write_json(folder.graph, graph.to_json()))
+    train, validation, tasks = by_first(lambda: _records(config, folder))
+    by_first(lambda: write_examples(folder.path, tasks))
+    data = in_turn(lambda: _encode(loaded, config, reader, train, validation, tasks, folder, say))
     return Study(config, folder, graph, data, tasks, loaded)
 
 
 def open_model(config: Config) -> LoadedModel:
     """The configuration's model, freshly loaded, with the parts that are to be adapted."""
-    return load_model(config.model, config.device, config.decoder_pattern, config.adapt, config.dtype)
+    if shards_model():
+        return load_to_take_apart(config)
+    where = (config.device, config.decoder_pattern, config.adapt)
+    return load_model(config.model, *where, config.dtype, config.quantization, config.attention)
 
 
 def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:
@@ -127,10 +147,12 @@ def scaling_of(config: Config) -> Scaling:
 def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
     """The gradient-norm profile of a short uniform LoRA run (Eq. 1), read back if it was measured before."""
     stored = study.folder.profile
-    if stored.is_file():
-        profile = GradientNormProfile.from_json(read_json(stored))
-        require_same_graph(profile, study.graph)
-        return profile
+    advice = "remove it, and it is measured again"
+    before = by_first(lambda: read_value(stored, GradientNormProfile.from_json, advice) if stored.is_file() else None)
+    if before is not None:
+        require_same_graph(before, study.graph)
+        return before
+    require_gradients()
     settings = study.config.profile
     budget = study.budget
     rank = settings.rank or budget.rank
@@ -139,18 +161,39 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
         "uniform",
         AllocationRequest(study.graph, Budget.of_rank(study.graph, rank), scaling=scaling_of(study.config)),
     )
-    training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9})
+    training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9, "trackers": ()})
     scratch = study.folder.path / "profile-run"
     unvalidated = replace(study.data, validation=None)
-    shutil.rmtree(scratch, ignore_errors=True)
+    by_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
     with adapting(study.base, schedule, training, settings.seed) as model:
         say(adaptation_summary(model, study.base.parts))
         callback = GradientNormCallback(model, study.base.parts)
-        finetune(model, study.base, unvalidated, training, settings.seed, scratch, [callback])
+        try:
+            finetune(
+                model,
+                study.base,
+                unvalidated,
+                training,
+                settings.seed,
+                scratch,
+                [callback],
+                estimate=study.estimate("profile"),
+            )
+        except Interrupted as stop:
+            raise Interrupted(stop.number, "the same command measures the profile anew") from None
         profile = callback.profile(settings.skip)
+    by_first(lambda: _keep_profile(profile, stored, scratch))
+    return profile
+
+
+def _keep_profile(profile: GradientNormProfile, stored: Path, scratch: Path) -> None:
     shutil.rmtree(scratch)
     write_json(stored, profile.to_json())
-    return profile
+
+
+def finished(stored: Path) -> TrialRecord | None:
+    """The record of a finished trial; None where there is none yet."""
+    return read_value(stored, TrialRecord.from_json, DAMAGED_RECORD) if stored.is_file() else None
 
 
 def run_trial(
@@ -168,15 +211,16 @@ def run_trial(
     the validation loss now and then; what it raises ends the trial.
     """
     folder = study.folder.trial(f"{name}-seed{seed}")
-    if (folder / "record.json").is_file():
-        return TrialRecord.from_json(read_json(folder / "record.json"))
+    before = by_first(lambda: finished(folder / "record.json"))
+    if before is not None:
+        return before
     say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
     started = time.monotonic()
     settings = study.config.training
     if learning_rate is not None:
         settings = settings.model_copy(update={"learning_rate": learning_rate})
     with _trained(study, name, schedule, seed, settings, folder, watch) as done:
-        scores = answer_and_score(study, done.model, folder)
+        scores = by_first(lambda: answer_and_score(study, done.model, folder))
     record = TrialRecord(
         name=name,
         seed=seed,
@@ -187,10 +231,14 @@ def run_trial(
         scores=scores,
         seconds=time.monotonic() - started,
     )
-    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in done.train_losses))
+    by_first(lambda: _keep_record(record, folder))
+    return record
+
+
+def _keep_record(record: TrialRecord, folder: Path) -> None:
+    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in record.train_losses))
     write_json(folder / "record.json", record.to_json())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return record
 
 
 @contextmanager
@@ -210,70 +258,79 @@ def _trained(
         loaded = study.fresh_model()
         settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
         opened = prepare(loaded, None, settings, seed)
-        done = finetune(opened, loaded, study.data, settings, seed, folder / "checkpoints", watch=watch)
-        keep_weights(loaded, done.model, None, folder)
+        expected = study.estimate("full fine-tuning")
+        done = finetune(
+            opened, loaded, study.data, settings, seed, folder / "checkpoints", watch=watch, estimate=expected
+        )
+        by_first(lambda: keep_weights(loaded, done.model, None, folder))
         yield done
     else:
         with adapting(study.base, schedule, settings, seed) as opened:
-            done = finetune(opened, study.base, study.data, settings, seed, folder / "checkpoints", watch=watch)
-            keep_weights(study.base, done.model, schedule, folder)
+            expected = study.estimate("training")
+            done = finetune(
+                opened, study.base, study.data, settings, seed, folder / "checkpoints", watch=watch, estimate=expected
+            )
+            by_first(lambda: keep_weights(study.base, done.model, schedule, folder))
             yield done
 
 
 def keep_weights(loaded: LoadedModel, model: Any, schedule: RankSchedule | None, folder: Path) -> None:
     """The adapter as plain PEFT with the projector beside it; the whole model after full fine-tuning."""
-    if schedule is not None:
-        save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=trains_projector(loaded.parts))
-    else:
-        model.save_pretrained(folder / "model")
-        loaded.processor.save_pretrained(folder / "model")
+    with disk_full_told(folder, lambda: "The last checkpoint is kept."):
+        if schedule is not None:
+            projector = trains_projector(loaded.parts)
+            save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=projector)
+        else:
+            model.save_pretrained(folder / "model")
+            loaded.processor.save_pretrained(folder / "model")
 
 
 def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...]:
     """Answer the test questions, keep what was said and how it was judged; returns the scores."""
     settings, training = study.config.evaluation, study.config.training
     how = Answering(settings.batch_size, settings.max_new_tokens, training.cache_gigabytes)
-    answer_tasks(model, study.data.reader, study.tasks, folder, how)
+    with on_training_device(model):
+        answer_tasks(model, study.data.reader, study.tasks, folder, how, study.estimate("evaluation"))
     return finish(folder, study.tasks)
 
 
-def _records(config: Config, folder: RunFolder) -> tuple[list[Record], list[Record], tuple[Task, ...]]:
-    """Read and check every file before anything is trained; a built-in set is written to the run folder first."""
+def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None, tuple[Task, ...]]:
+    """Check every file before anything is trained; a built-in set is written to the run folder first."""
     wish = config.data
     files = (
-        write_builtin(wish.train, folder.path / "data")
+        write_builtin_once(wish.train, folder.path / "data")
         if wish.train in BUILTIN
         else DataFiles(Path(wish.train), wish.validation, wish.tests, wish.images, wish.benchmarks)
     )
-    train = _checked(files.train, files.images)
-    validation = _checked(files.validation, files.images) if files.validation else []
+    sets = [check_file(p, files.images, wish.max_image_pixels) for p in (files.train, files.validation) if p]
+    settle(sets, wish.on_bad_row, folder.path, lambda _: None)  # what is left out is said when all was looked at
     tasks = [task.limited(config.evaluation.limit) for task in tasks_of(files, (), folder.path / "images")]
-    return train, sample(validation, wish.validation_limit), tuple(tasks)
-
-
-def _checked(path: Path, images: Path | None) -> list[Record]:
-    records = read_records(path, images)
-    check_images(path, records)
-    return records
+    return sets[0], sets[1] if files.validation else None, tuple(tasks)
 
 
 def _encode(
     loaded: LoadedModel,
     config: Config,
     reader: Reader,
-    train: Sequence[Record],
-    validation: Sequence[Record],
+    train: Checked,
+    validation: Checked | None,
     tasks: Sequence[Task],
     folder: RunFolder,
     say: Say,
 ) -> InstructionData:
-    """Encode texts, and the images too where the frozen tower's features can be kept in memory or on disk."""
-    images = {r.image for r in (*train, *validation) if r.image}
-    disk = config.training.disk_cache_gigabytes
-    store = FeatureStore(folder.path / "features", disk) if disk else None
-    features = tower_features(loaded, reader, images, tasks, config.training.cache_gigabytes, say, store)
-    reader = with_features(reader, features or None)
+    """Measure texts; encode images where the frozen tower's features can be kept in memory or on disk."""
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     length = min(config.data.max_length, longest)
-    sets = [InstructionDataset(rs, reader, length) for rs in (train, validation)]
-    return InstructionData(sets[0], sets[1] if validation else None, reader)
+    sets = [check_reading(train, reader, length)]
+    if validation is not None:
+        chosen = sample_numbers(len(validation.records), config.data.validation_limit)
+        sets.append(check_reading(replace(validation, records=validation.records.select(chosen)), reader, length))
+    settle(sets, config.data.on_bad_row, folder.path if is_first() else None, say)
+    images = {path for checked in sets for _, path in checked.records.images()}
+    disk = config.training.disk_cache_gigabytes
+    store = FeatureStore(folder.path / "features", disk) if disk else None
+    with on_training_device(loaded.model):
+        features = tower_features(loaded, reader, images, tasks, config.training.cache_gigabytes, say, store)
+    reader = with_features(reader, features or None)
+    data = [InstructionDataset.of_checked(checked, reader) for checked in sets]
+    return InstructionData(data[0], data[1] if validation is not None else None, reader)

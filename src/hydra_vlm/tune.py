@@ -5,6 +5,7 @@ from its last checkpoint. Killed at any moment and started again with the same c
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hydra_vlm.allocation import AllocationRequest, allocate
@@ -12,9 +13,11 @@ from hydra_vlm.config import Config
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import read_schedule, require_schedule_fits
+from hydra_vlm.processes import by_first
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
 from hydra_vlm.trials import (
     ZERO_SHOT,
@@ -47,7 +50,7 @@ def allocate_all(study: Study, profile: GradientNormProfile) -> dict[str, RankSc
     wanted = [name for name in study.config.schedules if name != FULL]
     schedules = {name: replace(allocate(name, request), name=name) for name in wanted}
     for name, schedule in schedules.items():
-        write_json(study.folder.schedule(name), schedule.to_json())
+        by_first(partial(write_json, study.folder.schedule(name), schedule.to_json()))
     return schedules
 
 
@@ -76,6 +79,7 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
     Allocators that need a profile measure it first.
     """
     if wish == FULL:
+        require_frugality(study.config, trains_base=True)
         return FULL, None
     if Path(wish).is_file():
         schedule = read_schedule(wish)
@@ -83,5 +87,5 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
         return schedule.name, schedule
     profile = None if wish in ("uniform", "random") else measure_profile(study, say)
     schedule = allocate(wish, allocation_request(study.config, study.graph, profile))
-    write_json(study.folder.schedule(schedule.name), schedule.to_json())
+    by_first(lambda: write_json(study.folder.schedule(schedule.name), schedule.to_json()))
     return schedule.name, schedule

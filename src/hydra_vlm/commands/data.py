@@ -1,4 +1,4 @@
-"""`hydra-vlm data`: write the embedded suite, and say what is complete in a folder of benchmarks. No torch."""
+"""`hydra-vlm data`: write the embedded suite, check a data file or a folder of benchmarks. No torch without a model."""
 
 import tempfile
 from dataclasses import asdict, dataclass
@@ -7,6 +7,8 @@ from typing import Any
 
 from hydra_vlm.benchmarks.suite import SIX, find_folders, load_tasks
 from hydra_vlm.data.builtin import write_builtin
+from hydra_vlm.data.preflight import Checked as CheckedFile
+from hydra_vlm.data.preflight import check_file, check_reading, write_report
 from hydra_vlm.errors import DataError
 from hydra_vlm.files import require_free, whole_folder
 
@@ -27,6 +29,42 @@ class Checked:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class FileRequest:
+    """What a data file is checked for: alone, or for a model, whose reader then sees every record."""
+
+    file: Path
+    images: Path | None
+    model: str | None
+    template: str
+    max_length: int
+    max_image_pixels: int
+
+
+def check_data_file(request: FileRequest, out: Path | None) -> CheckedFile:
+    """The preflight of one file, its report in `out` where that is given.
+
+    Raises:
+        HydraError: the file cannot be read to its end, or the model cannot be loaded.
+    """
+    checked = check_file(request.file, request.images, request.max_image_pixels)
+    if request.model is not None:
+        from transformers import AutoConfig
+
+        from hydra_vlm.data.readers import open_reader
+        from hydra_vlm.models.loading import resolve_model
+        from hydra_vlm.models.processors import load_processor
+
+        folder = resolve_model(request.model)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        reader = open_reader(load_processor(folder, config), request.template)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", request.max_length)
+        checked = check_reading(checked, reader, min(request.max_length, longest))
+    if out is not None:
+        write_report([checked], "error", out)
+    return checked
 
 
 def check_folder(data: Path) -> list[Checked]:

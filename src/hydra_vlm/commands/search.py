@@ -74,7 +74,9 @@ def run_workers(config: Config, out: Path, cards: Sequence[str | None], storage:
             codes = [worker.wait() for worker in running]
         finally:
             for worker in running:
-                worker.stop()
+                worker.ask_to_end()
+            for worker in running:
+                worker.wait()
             close_storage(opened)
     if codes and all(codes):
         raise HydraError(running[-1].problem or f"the workers ended with exit codes {codes}")
@@ -110,8 +112,7 @@ class Worker:
         self._reader.join()
         return code
 
-    def stop(self) -> None:
-        """End the process where it still runs; its trial goes on with the next worker."""
+    def ask_to_end(self) -> None:
+        """Where the process still runs it ends after its step; its trial goes on with the next worker."""
         if self.process.poll() is None:
             self.process.terminate()
-        self.wait()

@@ -7,8 +7,10 @@ easy-VQA comes from its PyPI package. Its test split stays the test split; valid
 training images, which no training record shares.
 """
 
+import os
 import random
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from hydra_vlm.data.records import write_records
 from hydra_vlm.data.worlds import write_nicknames, write_worlds
 from hydra_vlm.errors import DataError
 
-QUESTIONS = ("demo", "easy-vqa")
+TESTS = {"demo": ("easy-vqa", "catalogue"), "easy-vqa": ("easy-vqa",)}
+QUESTIONS = tuple(TESTS)
 CAPTIONS = "captions"
 WORLDS = {"worlds": write_worlds, "nicknames": write_nicknames}
 BUILTIN = (*QUESTIONS, *WORLDS, CAPTIONS, "easy-vqa-captions", "scene-captions")
@@ -64,6 +67,27 @@ def write_builtin(name: str, folder: Path, seed: int = 0) -> DataFiles:
     for benchmark, records in tests.items():
         write_records(files.tests[benchmark], records)
     return files
+
+
+def write_builtin_once(name: str, folder: Path) -> DataFiles:
+    """The set in `folder`, written there unless it is there: whole or not at all, whoever else does the same.
+
+    Raises:
+        DataError: the easy-VQA package is not installed.
+    """
+    if not folder.is_dir():
+        draft = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+        try:
+            write_builtin(name, draft)
+            with suppress(OSError):  # another process was first
+                draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    validation, benchmarks = folder / "validation.json", folder / "benchmarks"
+    tests = {test: folder / f"test-{test}.json" for test in TESTS.get(name, ())}
+    return DataFiles(
+        folder / "train.json", validation, tests, folder / "images", benchmarks if name in WORLDS else None
+    )
 
 
 def _questions(name: str, images: Path, seed: int) -> tuple[dict[str, Records], dict[str, Records]]:

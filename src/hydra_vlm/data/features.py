@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hydra_vlm.data.feature_store import FeatureStore, Place, fingerprint, image_digest
+from hydra_vlm.data.image_files import decode
 from hydra_vlm.errors import DataError
 
 Features = Mapping[tuple[str, str], Tensor]
@@ -29,11 +30,7 @@ def load_image(path: str) -> Image.Image:
     Raises:
         DataError: naming the file and the reason.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as problem:
-        raise DataError(f"image {path} cannot be read ({problem})") from None
+    return decode(path)
 
 
 def feature_bytes(model: Any, images: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hydra_vlm.data.batches import stack
 from hydra_vlm.data.features import image_inputs, load_image
+from hydra_vlm.data.image_files import header_size
 from hydra_vlm.data.records import IMAGE_TOKEN, Record
 from hydra_vlm.data.templates import (
     AUTO,
@@ -27,6 +28,7 @@ from hydra_vlm.data.templates import (
     TEMPLATES,
     Form,
     Segment,
+    count_tokens,
     encode,
     end_mark,
     form_of,
@@ -113,6 +115,12 @@ class SplicingReader:
         ids, labels = self._encode(_written(self, self.form, record), record.image, f"record {record.id}")
         return {"input_ids": ids, "labels": labels, "image": record.image, "length": len(ids)}
 
+    def length(self, record: Record) -> int:
+        """`item`'s length by itself, in half the time: without labels and offsets. Raises as `item` does."""
+        pieces = _written(self, self.form, record)
+        self._require_images(record.image, f"record {record.id}")
+        return count_tokens(pieces, self.tokenizer, getattr(self.processor, "image_tokens", 0))
+
     def batch(self, items: Sequence[Row]) -> dict[str, Tensor]:
         rows = [{key: torch.tensor([item[key]]) for key in ("input_ids", "labels")} for item in items]
         return self._with_images(rows, [item["image"] for item in items], "right")
@@ -127,9 +135,12 @@ class SplicingReader:
         return self._with_images([{"input_ids": torch.tensor([ids])} for ids in encoded], images, "left")
 
     def _encode(self, pieces: Sequence[Segment], image: str | None, where: str) -> tuple[list[int], list[int]]:
+        self._require_images(image, where)
+        return encode(pieces, self.tokenizer, getattr(self.processor, "image_tokens", 0))
+
+    def _require_images(self, image: str | None, where: str) -> None:
         if image is not None and not hasattr(self.processor, "image_tokens"):
             raise DataError(f"{where} has image {image}, but the model is a text decoder: give it text alone")
-        return encode(pieces, self.tokenizer, getattr(self.processor, "image_tokens", 0))
 
     def _with_images(self, rows: Sequence[Row], images: Sequence[str | None], side: str) -> dict[str, Tensor]:
         paths = [path for path in images if path is not None]
@@ -262,10 +273,7 @@ class SuffixReader:
 
 def image_size(path: str | None) -> tuple[int, int] | None:
     """(width, height) from the file's header."""
-    if path is None:
-        return None
-    with Image.open(path) as image:
-        return image.size
+    return None if path is None else header_size(path)
 
 
 def _opened(path: str | None) -> Image.Image | None:

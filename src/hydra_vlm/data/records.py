@@ -1,4 +1,4 @@
-"""LLaVA-format instruction data: a JSON list of records, images in a folder beside it. No torch.
+"""LLaVA-format instruction data: a JSON list of records (or one a line), images in a folder beside it. No torch.
 
 A record: `id`, optional `image` (path relative to the image folder), `conversations` (alternating `human` and `gpt`
 turns); `<image>` stands once, in the first human turn, if and only if there is an image. An optional `task` groups
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
+from hydra_vlm.data.image_files import MAX_PIXELS, image_fault, path_fault, place_fault, resolved
+from hydra_vlm.data.json_rows import rows_of
 from hydra_vlm.errors import DataError
 
 IMAGE_TOKEN = "<image>"
@@ -32,49 +32,47 @@ class Record:
 
 
 def read_records(path: Path, images: Path | None = None) -> list[Record]:
-    """Read a LLaVA-format file; `images` is the image folder (default: the folder of the file).
+    """Read a LLaVA-format file into memory; `images` is the image folder (default: the folder of the file).
+
+    For a set to train on, `record_file.RecordFile` reads one record at a time.
 
     Raises:
         DataError: naming file, index and reason for (up to ten of) the bad records.
     """
     folder = Path(images) if images else Path(path).parent
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist: give the path of a LLaVA-format JSON file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise DataError(f"{path} is not valid JSON ({problem}): it must hold one list of records") from None
-    if not isinstance(raw, list) or not raw:
-        raise DataError(f"{path} must hold a non-empty JSON list of records, found {type(raw).__name__}")
-    records, problems = [], []
-    for index, item in enumerate(raw):
+    root = resolved(folder)
+    records, problems, number = [], [], -1
+    for row in rows_of(Path(path)):
+        number = row.number
         try:
-            records.append(_record(item, index, folder))
+            if row.fault:
+                raise ValueError(row.fault)
+            record = record_of(row.value, number, folder)
+            if record.image is not None and (misplaced := place_fault(record.image, root)):
+                raise ValueError(misplaced)
+            records.append(record)
         except ValueError as problem:
-            problems.append(f"record {index}: {problem}")
-    _raise(path, problems)
+            problems.append(f"record {number}: {problem}")
+    if number < 0:
+        raise DataError(f"{path} must hold a non-empty JSON list of records, found none")
+    raise_bad(path, problems)
     return records
 
 
-def check_images(path: Path, records: Sequence[Record]) -> None:
+def check_images(path: Path, records: Sequence[Record], max_pixels: int = MAX_PIXELS) -> None:
     """Decode every image once, before any training.
 
     Raises:
-        DataError: naming file, index and reason for missing, truncated or undecodable images.
+        DataError: naming file, index and reason for missing, truncated, undecodable or oversized images.
     """
     problems, checked = [], set()
     for index, record in enumerate(records):
         if record.image is None or record.image in checked:
             continue
         checked.add(record.image)
-        try:
-            with Image.open(record.image) as image:
-                image.load()
-        except FileNotFoundError:
-            problems.append(f"record {index} (id {record.id}): image {record.image} does not exist")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-            problems.append(f"record {index} (id {record.id}): image {record.image} cannot be read ({problem})")
-    _raise(path, problems)
+        if fault := image_fault(record.image, None, max_pixels):
+            problems.append(f"record {index} (id {record.id}): {fault}")
+    raise_bad(path, problems)
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -85,12 +83,22 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def sample(items: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:
     """At most `limit` items (None: all), chosen by `seed`, in their original order."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    return [items[i] for i in sample_numbers(len(items), limit, seed)]
 
 
-def _record(item: Any, index: int, folder: Path) -> Record:
+def sample_numbers(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:
+    """The positions that `sample` chooses of `count`."""
+    if limit is None or limit >= count:
+        return range(count)
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def record_of(item: Any, index: int, folder: Path) -> Record:
+    """The record in a row's value; whether its image is there is not asked.
+
+    Raises:
+        ValueError: the reason, in words that follow "record 3: ".
+    """
     if not isinstance(item, dict):
         raise ValueError(f"must be an object, found {type(item).__name__}")
     turns = item.get("conversations")
@@ -98,6 +106,8 @@ def _record(item: Any, index: int, folder: Path) -> Record:
         raise ValueError("`conversations` must be a non-empty list of turns")
     rounds = tuple(_rounds(turns))
     image = item.get("image")
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"`image` must be one path, found {type(image).__name__}")
     marks = [human.count(IMAGE_TOKEN) for human, _ in rounds]
     if image is not None and sum(marks) == 0:
         raise ValueError(f"names image {image!r} but no human turn contains {IMAGE_TOKEN}: put it in the first one")
@@ -105,12 +115,10 @@ def _record(item: Any, index: int, folder: Path) -> Record:
         raise ValueError(f"contains {IMAGE_TOKEN} but names no `image`")
     if sum(marks) > 1 or (sum(marks) == 1 and marks[0] == 0):
         raise ValueError(f"{IMAGE_TOKEN} must stand exactly once, in the first human turn (found per turn: {marks})")
-    location = None
-    if image is not None:
-        location = folder / str(image)
-        if not location.is_file():
-            raise ValueError(f"image {location} does not exist")
-    return Record(str(item.get("id", index)), str(location) if location else None, rounds, str(item.get("task", "")))
+    if image is not None and (fault := path_fault(image)):
+        raise ValueError(fault)
+    location = None if image is None else str(folder / image)
+    return Record(str(item.get("id", index)), location, rounds, str(item.get("task", "")))
 
 
 def _rounds(turns: list[Any]) -> Iterable[tuple[str, str]]:
@@ -128,9 +136,10 @@ def _rounds(turns: list[Any]) -> Iterable[tuple[str, str]]:
         yield human["value"], answer["value"]
 
 
-def _raise(path: Path, problems: list[str]) -> None:
+def raise_bad(path: Path, problems: Sequence[str], remedy: str = "") -> None:
+    """Raises DataError with the number of bad records and the first of them, where there are any."""
     if not problems:
         return
     shown = "\n  ".join(problems[:_SHOWN])
     more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise DataError(f"{path}: {len(problems)} bad record(s), nothing was trained:\n  {shown}{more}")
+    raise DataError(f"{path}: {len(problems)} bad record(s), nothing was trained{remedy}:\n  {shown}{more}")

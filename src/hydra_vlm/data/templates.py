@@ -266,6 +266,16 @@ def encode(pieces: Sequence[Segment], tokenizer: Any, image_tokens: int) -> tupl
     return ids, labels
 
 
+def count_tokens(pieces: Sequence[Segment], tokenizer: Any, image_tokens: int) -> int:
+    """How many ids `encode` makes of a conversation."""
+    text = "".join(piece.text for piece in pieces).replace(IMAGE_TOKEN, IMAGE_TOKEN * image_tokens)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation or backend.padding:  # then not the bare tokenizer
+        return len(encode(pieces, tokenizer, image_tokens)[0])
+    (encoded,) = backend.encode_batch_fast([text], add_special_tokens=False)
+    return len(encoded) + (tokenizer.bos_token is not None and not text.startswith(tokenizer.bos_token))
+
+
 def labels_of(ids: Sequence[int], offsets: Sequence[Sequence[int]], flags: Sequence[bool]) -> list[int]:
     """The ids where a token begins at a supervised character, `IGNORED` elsewhere.
 

@@ -74,7 +74,7 @@ def from_axolotl(keys: dict[str, Any]) -> dict[str, Any]:
 
 def bare_model(source: Source) -> PreTrainedModel:
     """The model without weights, on the meta device."""
-    config = AutoConfig.from_pretrained(resolve_model(source.model))
+    config = AutoConfig.from_pretrained(resolve_model(source.model), trust_remote_code=False)
     with torch.device("meta"):
         return model_class(config)(config)
 

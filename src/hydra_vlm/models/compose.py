@@ -98,7 +98,7 @@ def load_decoder(path: Path) -> tuple[PreTrainedModel, Any]:
                 f"--llm {path} holds a model of type {config.model_type!r}, which is no text decoder: give the folder "
                 "of a causal language model such as LLaMA"
             )
-    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **gguf)
+    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, **gguf)
     for key in ("quantization_config", "_pre_quantization_dtype"):  # what is loaded is no longer quantised
         if gguf and hasattr(decoder.config, key):
             delattr(decoder.config, key)
@@ -106,7 +106,7 @@ def load_decoder(path: Path) -> tuple[PreTrainedModel, Any]:
         raise ConfigError(
             f"--llm {path}: {type(decoder).__name__} is not built like LLaMA (no embed_tokens): use a decoder that is"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
     if not tokenizer.is_fast:
         raise ConfigError(f"--llm {path} holds no fast tokenizer: save its tokenizer.json there")
     return decoder, tokenizer
@@ -126,7 +126,7 @@ def load_tower(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
             f"--vision {path} holds a model of type {config.model_type!r}, which is no known vision tower: use one of "
             f"{', '.join((*_WITH_TOWER, *TOWERS))}"
         )
-    loaded = AutoModel.from_pretrained(path, dtype="auto")
+    loaded = AutoModel.from_pretrained(path, dtype="auto", trust_remote_code=False)
     return loaded.vision_model if config.model_type in _WITH_TOWER else loaded, _image_settings(path)
 
 
@@ -134,7 +134,7 @@ def _read_config(folder: Path, option: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{option} {folder} holds no config.json: give the folder of a saved transformers model")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as problem:
         raise ConfigError(f"{option} {folder}: {str(problem).splitlines()[0]}") from None
 

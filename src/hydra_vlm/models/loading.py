@@ -20,7 +20,9 @@ from hydra_vlm.files import read_json
 from hydra_vlm.graph import DECODER
 from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor
+from hydra_vlm.models.quantization import NONE, keep_trainable, quantized_loading, require_quantizable
 from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.models.untrusted import refusing_code
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -85,31 +87,45 @@ def load_model(
     decoder_pattern: str | None = None,
     adapt: Sequence[str] = (DECODER,),
     dtype: str = "auto",
+    quantization: str = NONE,
+    attention: str = "auto",
 ) -> LoadedModel:
     """Load model and processor from a folder (or the package), frozen, in evaluation mode.
 
     Any vision-language model that transformers knows, or a text decoder, whose processor is its tokenizer. `dtype` of
     the weights is float32 or bfloat16; auto: bfloat16 on a CUDA device that computes in it, else float32.
-    `decoder_pattern` and `adapt` are
-    for `find_parts`.
+    `attention` is transformers' name of an implementation; auto: eager on a CPU, else sdpa. `decoder_pattern` and
+    `adapt` are for `find_parts`. `quantization` nf4 stores the decoder's linears in four bits.
 
     Raises:
-        ConfigError: a model of a kind that cannot be loaded, or whose decoder is not found.
+        ConfigError: a model of a kind that cannot be loaded, a decoder that is not found, attention that is missing.
     """
     folder, place = resolve_model(name), resolve_device(device)
-    config = _configuration(folder)
+    require_quantizable(quantization, place)
+    config = model_configuration(folder)
     weights = resolve_dtype(dtype, place)
-    # The CPU kernels of fused attention lose to plain matrix products in the backward pass at bfloat16.
-    attention = "eager" if place.type == "cpu" else "sdpa"
-    model = model_class(config).from_pretrained(folder, dtype=weights, attn_implementation=attention)
-    model = model.to(place).eval().requires_grad_(False)
+    if attention == "auto":
+        # The CPU kernels of fused attention lose to plain matrix products in the backward pass.
+        attention = "eager" if place.type == "cpu" else "sdpa"
+    kind = model_class(config)
+    how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
+    try:
+        with refusing_code(f"model {folder}"):
+            model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
+    except ImportError as problem:
+        raise ConfigError(f"attention={attention}: {str(problem).splitlines()[0]} Use auto, or install it") from None
+    model = (model if how else model.to(place)).eval().requires_grad_(False)
+    keep_trainable(model)
     return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
 
 
-def _configuration(folder: Path) -> PreTrainedConfig:
+def model_configuration(folder: Path) -> PreTrainedConfig:
+    """The configuration of a saved model; raises ConfigError for a kind that transformers does not know."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as problem:
+        if "trust_remote_code" in str(problem):
+            raise ConfigError(f"model {folder} brings Python code of its own, which is never run here") from None
         raise ConfigError(f"model {folder}: {problem}") from None
 
 

@@ -41,7 +41,7 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> Any:
         processor_class = PROCESSOR_MAPPING.get(type(config), None)
         if processor_class and "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
             return _without_video(processor_class, folder)
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError as problem:
         raise ConfigError(f"the processor in {folder} cannot be loaded: {' '.join(str(problem).split())}") from None
     except (OSError, ValueError) as problem:
@@ -60,7 +60,7 @@ def _without_video(processor_class: type[ProcessorMixin], folder: Path) -> Any:
             parts.append(VideoSettings(stored.get(name) or _video_settings(folder)))
         else:
             auto = AutoTokenizer if name == "tokenizer" else AutoImageProcessor
-            parts.append(auto.from_pretrained(folder))
+            parts.append(auto.from_pretrained(folder, trust_remote_code=False))
     return processor_class.from_args_and_dict(parts, stored)
 
 

@@ -22,7 +22,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hydra_vlm.errors import ConfigError, DataError, HydraError
+from hydra_vlm.errors import ConfigError, DataError, DiskFullError, HydraError
+from hydra_vlm.interruption import Interrupted
 from hydra_vlm.search.liveness import Watch, beating, heartbeat, own_id, waiting_for
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.samplers import distributions, within
@@ -105,9 +106,9 @@ def work(study: optuna.Study, plan: Plan, runner: Runner, say: Say = print) -> N
                 try:
                     _run(study, plan, trial, candidate, runner, lost, say)
                     failures = 0
-                except HydraError:
+                except HydraError as problem:
                     failures += 1
-                    if failures == PATIENCE:
+                    if failures == PATIENCE or isinstance(problem, DiskFullError):
                         raise
 
 
@@ -307,6 +308,9 @@ def _run(
         say(f"trial {trial.number}: pruned")
     except (TakenAway, UpdateFinishedTrialError):
         say(f"trial {trial.number}: taken up by another worker, as this one was silent for too long")
+    except (Interrupted, DiskFullError):  # no fault of the candidate: whoever comes next goes on with it
+        _fail(study, trial, LOST)
+        raise
     except Exception as problem:
         _fail(study, trial, str(problem) or type(problem).__name__)
         say(f"trial {trial.number} failed: {problem}")

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hydra_vlm.errors import GraphMismatchError
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.training.sharding import norms_of
 
 
 class GradientNormCallback(TrainerCallback):
@@ -26,12 +27,16 @@ class GradientNormCallback(TrainerCallback):
         self._tensors = list(lora_tensors(model, parts))
         self.norms: list[Tensor] = []
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tensors = list(lora_tensors(kwargs["model"], self.parts))  # sharding has put others in their place
+
     def record(self) -> None:
         """Take the norms now; called by the trainer between accumulation and clipping."""
         gradients = [tensor.grad for pair in self._tensors for tensor in pair]
         with torch.no_grad():
-            norms = torch._foreach_norm([_local(gradient) for gradient in gradients])
-            self.norms.append(torch.stack(norms).float().view(-1, 2).cpu())
+            self.norms.append(norms_of(_present(gradient) for gradient in gradients).view(-1, 2).cpu())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,6 +50,7 @@ class GradientNormCallback(TrainerCallback):
         B starts at zero, so at step one A has no gradient: `skip` should be at least 1.
         """
         kept = torch.stack(self.norms[skip:])
+        kept = kept[kept.isfinite().flatten(1).all(dim=1)]  # without steps that were left out
         spread = kept.std(dim=0, correction=0)
         return GradientNormProfile(
             graph=self.parts.graph,
@@ -72,7 +78,7 @@ def lora_tensors(model: nn.Module, parts: ModelParts) -> Iterable[tuple[Tensor, 
             ) from None
 
 
-def _local(gradient: Tensor | None) -> Tensor:
+def _present(gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise GraphMismatchError("a LoRA tensor received no gradient: is its layer outside of the loss?")
     return gradient

@@ -23,9 +23,17 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.lora import attach, detach
 from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
+from hydra_vlm.processes import count
 from hydra_vlm.schedule import RankSchedule
-from hydra_vlm.training.checkpoints import last_whole_checkpoint
+from hydra_vlm.training.even_batches import WithBlanks, blanking
+from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
+from hydra_vlm.training.guarded import Estimate, train_guarded
+from hydra_vlm.training.nonfinite import FiniteSteps
+from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.sharding import Unreached, bring_back, to_take_apart, training_device
+from hydra_vlm.training.speed import engine, sped_up
+from hydra_vlm.training.trackers import report_arguments, tracked
 from hydra_vlm.training.trainer import VLMTrainer, split_projector
 
 FULL = "full"  # the name of the baseline that trains the whole decoder
@@ -126,27 +134,42 @@ def finetune(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     watch: Watch | None = None,
+    estimate: Estimate = str,
 ) -> Finetuned:
     """Train what `prepare` opened; a run that was stopped goes on from its last whole checkpoint in `folder`.
 
     The data order follows from `seed` alone, so schedules are compared on the same batches. `watch` is told step and
-    validation loss at `settings.watch_steps`; training goes on as it would without.
+    validation loss at `settings.watch_steps`; training goes on as it would without. `estimate` is asked for what the
+    run was expected to take, should memory run out.
+
+    Raises:
+        HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint of the step just done is there.
     """
+    numbered = Numbered(data.train)
     watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
-    trainer = VLMTrainer(
-        model=model,
-        parts=loaded.parts,
-        projector_learning_rate=settings.projector_learning_rate,
-        lengths=data.train.lengths if settings.group_by_length else None,
-        args=training_arguments(settings, seed, folder, loaded.model.device, bool(watched)),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.reader.batch,
-        callbacks=[*callbacks, *watched, LossProgress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    opened, several = to_take_apart(model), count() > 1
+    batch = NumberedBatch(data.reader.batch, numbered)
+    with sped_up(opened, loaded.parts, settings) as positions:
+        trainer = VLMTrainer(
+            model=opened,
+            parts=loaded.parts,
+            positions=positions,
+            projector_learning_rate=settings.projector_learning_rate,
+            lengths=data.train.lengths.tolist() if settings.group_by_length else None,
+            finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.told),
+            args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),
+            train_dataset=WithBlanks(numbered) if several else numbered,
+            eval_dataset=WithBlanks(data.validation) if several and data.validation else data.validation,
+            data_collator=blanking(batch) if several else batch,
+            callbacks=[*callbacks, *watched, *([Unreached(loaded.parts)] if several else []), LossProgress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with tracked(trainer, settings.trackers, folder.parent):
+            with checkpointing(loaded.model, settings):
+                train_guarded(trainer, folder, settings, estimate)
+            validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+    bring_back(opened, model)
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),
@@ -164,7 +187,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=on_one,
-        per_device_eval_batch_size=2 * on_one,
+        per_device_eval_batch_size=validation_batch(settings, _devices()),
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         num_train_epochs=settings.epochs,
@@ -173,7 +196,7 @@ def training_arguments(
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[settings.optimizer],
         seed=seed,
         bf16=resolve_bf16(settings, device),
         use_cpu=device.type == "cpu",
@@ -182,11 +205,14 @@ def training_arguments(
         save_total_limit=2,
         eval_strategy="steps" if watched else "no",
         eval_steps=settings.watch_steps,
-        report_to="none",
+        **report_arguments(settings.trackers, folder.parent),
+        logging_nan_inf_filter=settings.skip_spikes > 0,  # otherwise no such loss is ever logged
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        **engine(settings, device),
     )
 
 
@@ -210,12 +236,20 @@ def split_batch(settings: TrainingConfig, devices: int) -> tuple[int, int]:
     """
     per_device = settings.device_batch_size or settings.batch_size // devices
     accumulation, rest = divmod(settings.batch_size, max(1, per_device * devices))
-    if rest or not accumulation:
+    if rest or not accumulation or not per_device:
         raise ConfigError(
             f"training.batch_size {settings.batch_size} is not a multiple of device_batch_size {per_device} x "
             f"{devices} device(s): change one of them"
         )
     return per_device, accumulation
+
+
+def validation_batch(settings: TrainingConfig, devices: int) -> int:
+    """Records per device and step of the validation, so that those of all devices are the same for any number of them.
+
+    The validation loss is the mean over steps, weighted by records, of the mean over each step's supervised tokens.
+    """
+    return max(1, 2 * (settings.device_batch_size or settings.batch_size) // devices)
 
 
 def resolve_bf16(settings: TrainingConfig, device: torch.device) -> bool:

@@ -5,7 +5,10 @@
   which schedules use up differently),
 * checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone), or the projector alone in
   stage I,
-* gradient norms taken before clipping.
+* gradient norms taken before clipping,
+* a step whose loss is no number is not applied; a checkpoint is whole on the disk or not there, and remembers the
+  losses that were not logged yet, so that a resumed run logs what an undisturbed one does,
+* the same batches, validation losses and checkpoints for any number of processes, the model sharded or not.
 """
 
 import random
@@ -21,9 +24,25 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from hydra_vlm.models.structure import ModelParts
+from hydra_vlm.training.checkpoints import write_whole
+from hydra_vlm.training.even_batches import EvenBatches
 from hydra_vlm.training.gradient_norms import GradientNormCallback
+from hydra_vlm.training.nonfinite import FiniteSteps
+from hydra_vlm.training.numbered import NUMBERS
+from hydra_vlm.training.sharding import (
+    OPTIMIZER,
+    load_whole_optimizer_state,
+    shard_by_decoder_layer,
+    shard_on_any_device,
+    trained_state,
+    untouched,
+    whole_optimizer_state,
+)
+from hydra_vlm.training.supervised import SupervisedPositions
 
 PROJECTOR_FILE = "projector.safetensors"
+SCHEDULER = "scheduler.pt"
+UNLOGGED = "unlogged_losses"  # in trainer_state.json, among the states of callbacks
 
 
 class VLMTrainer(Trainer):
@@ -35,9 +54,15 @@ class VLMTrainer(Trainer):
         parts: ModelParts,
         projector_learning_rate: float | None = None,
         lengths: Sequence[int] | None = None,
+        positions: SupervisedPositions | None = None,
+        finite: FiniteSteps | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.positions = positions
+        self.finite = finite
+        if finite is not None:
+            self.add_callback(finite)  # after those that read gradients
         self.parts = parts
         self.projector_learning_rate = projector_learning_rate
         self.lengths = lengths
@@ -60,11 +85,104 @@ class VLMTrainer(Trainer):
             self.optimizer = optimizer_class([g for g in groups if g["params"]], **options)
         return self.optimizer
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = shard_on_any_device(self.accelerator)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.args.world_size > 1:
+            share = loader.batch_sampler  # this process's share of the batches of all
+            share.batch_sampler = EvenBatches(share.batch_sampler, self.args.world_size)
+        return loader
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, after the supervised positions were read from the batch's labels."""
+        if self.positions is not None:
+            self.positions.read(inputs.get("labels"))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.world_size == 1 or self.is_deepspeed_enabled or not model.training:
+            return loss
+        return loss + untouched(self.model, self.parts)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss, *others = super().prediction_step(*args, **kwargs)
+        if self.args.world_size > 1 and loss is not None:
+            loss = self.accelerator.reduce(loss, "mean")  # of the step's records on all processes, as on one
+        return loss, *others
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.is_fsdp_enabled:
+            shard_by_decoder_layer(self.accelerator, self.model, self.parts)
+            if resume_from_checkpoint is not None:
+                self._load_from_checkpoint(resume_from_checkpoint)  # while the model is whole
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, GradientNormCallback):
                 callback.record()
         return super()._clip_grad_norm(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        numbers = inputs.pop(NUMBERS, None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.finite is not None:
+            self.finite.saw(numbers, loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.finite is None:
+            return norm
+        undone = not self.is_deepspeed_enabled  # its engine steps within backward
+        return norm if self.finite.applies(self.state, norm, self._get_learning_rate(), undone) else None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # stopped after its last step: not one more
+            return
+        unlogged = self.state.stateful_callbacks.pop(UNLOGGED, None)
+        if unlogged is not None:
+            self._tr_loss += unlogged["sum"]
+            self._globalstep_last_logged = unlogged["since"]
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        losses = self.accelerator.gather(self._tr_loss).mean().item()
+        self.state.stateful_callbacks[UNLOGGED] = {"sum": losses, "since": self._globalstep_last_logged}
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        write_whole(
+            Path(self.args.output_dir),
+            self.state.global_step,
+            lambda: super(VLMTrainer, self)._save_checkpoint(model, trial),
+            estimate=3 * trained,  # weights and AdamW's two moments
+        )
+        self.state.stateful_callbacks.pop(UNLOGGED)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = trained_state(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        load_whole_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         projector, alone = self._projector(), self._projector_alone()
@@ -73,11 +191,17 @@ class VLMTrainer(Trainer):
         if self.args.should_save and projector is not None and (alone or isinstance(self.model, PeftModel)):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            state = {k: v.detach().cpu().contiguous() for k, v in projector.state_dict().items()}
+            values = projector.state_dict() if state_dict is None else self._projector_of(state_dict)
+            state = {k: v.detach().cpu().contiguous() for k, v in values.items()}
             save_file(state, folder / PROJECTOR_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._projector_alone():
+        if self.is_fsdp_enabled and model is not None:
+            return  # was loaded before the model was sharded
+        if self.is_fsdp_enabled and not isinstance(self.model, PeftModel):
+            for file in Path(resume_from_checkpoint).glob("model*.safetensors"):
+                self.model.load_state_dict(load_file(file), strict=False)
+        elif not self._projector_alone():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         projector, stored = self._projector(), Path(resume_from_checkpoint) / PROJECTOR_FILE
         if projector is not None and stored.exists():
@@ -87,6 +211,12 @@ class VLMTrainer(Trainer):
         """Whether nothing but the projector is trained: then nothing else need be stored."""
         inside, outside = split_projector(self.model, self.parts)
         return bool(inside) and not outside
+
+    def _projector_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The projector's own tensors among those of the model, by their names within the projector."""
+        start = f"{self.parts.projector}."
+        plain = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+        return {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)}
 
     def _projector(self) -> nn.Module | None:
         if self.parts.projector is None:

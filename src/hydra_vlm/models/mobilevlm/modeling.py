@@ -24,10 +24,6 @@ from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.projector import build_projector
 from hydra_vlm.models.mobilevlm.towers import tower_kind
 
-# With a large vocabulary and short answers, logits of unsupervised positions take more time and memory than half the
-# decoder; below this many values one matrix product for all is the faster way.
-LOGITS_AT_ONCE = 2**24
-
 
 class MobileVLMPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of every MobileVLM model."""
@@ -166,8 +162,6 @@ class MobileVLMForConditionalGeneration(MobileVLMPreTrainedModel, GenerationMixi
 
         The loss is the mean over supervised tokens, or their sum over `num_items_in_batch` if that is
         given (what `Trainer` passes so that accumulated micro-batches weigh every token alike).
-        In training, where all logits together exceed `LOGITS_AT_ONCE`, only supervised positions go through the head:
-        the loss is the same, `logits` is None.
         `logits_to_keep` k > 0 computes logits for the last k positions only.
         Image arguments are those of `MobileVLMModel.forward`.
         """
@@ -181,9 +175,6 @@ class MobileVLMForConditionalGeneration(MobileVLMPreTrainedModel, GenerationMixi
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        if labels is not None and self.training and labels.numel() * self.lm_head.out_features > LOGITS_AT_ONCE:
-            supervised_loss = self._loss_of_supervised(outputs.last_hidden_state, labels, **kwargs)
-            return CausalLMOutputWithPast(loss=supervised_loss, past_key_values=outputs.past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -196,17 +187,6 @@ class MobileVLMForConditionalGeneration(MobileVLMPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _loss_of_supervised(self, hidden: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        """The next-token loss [] of hidden states [B, L, C] with logits at the supervised positions alone."""
-        following = labels[:, 1:]
-        supervised = following != nn.CrossEntropyLoss().ignore_index
-        logits = self.lm_head(hidden[:, :-1][supervised])
-        size = self.config.text_config.vocab_size
-        loss: Tensor = self.loss_function(
-            logits[None], None, vocab_size=size, shift_labels=following[supervised][None], **kwargs
-        )
-        return loss
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass the images with the prompt only; with a cache, later steps have nothing to splice."""

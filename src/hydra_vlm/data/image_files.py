@@ -1,0 +1,114 @@
+"""Image files of strangers: where they may lie, how large they may be, and decoding them. No torch.
+
+Formats are those of photographs and drawings that Pillow decodes by itself; EPS, which it gives to Ghostscript, and the
+rest are refused.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from hydra_vlm.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest image by default: above it Pillow warns of a bomb."""
+
+_PATH_BYTES, _NAME_BYTES = 4095, 255  # Linux's limits
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def path_fault(image: str) -> str:
+    """What is wrong with an image's path as a record gives it; "" for nothing. The disk is not asked."""
+    parts = re.split(r"[/\\]", image)
+    shown = repr(image if len(image) < 200 else f"{image[:200]}…")
+    if not image.strip():
+        return "names an empty `image`"
+    if "\0" in image:
+        return f"names image {shown}, which holds a NUL character"
+    if image[0] in "/\\~" or _DRIVE.match(image):
+        return f"names image {shown}: paths must be relative to the image folder"
+    if ".." in parts:
+        return f"names image {shown}: paths must not leave the image folder by `..`"
+    if len(os.fsencode(image)) > _PATH_BYTES or any(len(os.fsencode(part)) > _NAME_BYTES for part in parts):
+        return f"names image {shown}, a path longer than files may have"
+    return ""
+
+
+def image_fault(path: str, folder: str | None, max_pixels: int) -> str:
+    """What is wrong with an image file, which must lie in the resolved `folder` (None: anywhere); "" for nothing.
+
+    Decodes it whole.
+    """
+    return place_fault(path, folder) or examine(path, max_pixels)[1]
+
+
+def place_fault(path: str, folder: str | None) -> str:
+    """Whether the file is missing, or a link leads out of the resolved `folder` (None: anywhere); "" if neither."""
+    if not os.path.isfile(path):
+        return f"image {path} does not exist"
+    if folder is not None and os.path.commonpath((real := os.path.realpath(path), folder)) != folder:
+        return f"image {path} lies outside the image folder: a link leads to {real}"
+    return ""
+
+
+def examine(path: str, max_pixels: int) -> tuple[tuple[int, int] | None, str]:
+    """(width, height) and what is wrong ("" for nothing) with an image; decoded whole unless it is too large."""
+    size = None
+    try:
+        size = header_size(path)
+        fault = size_fault(path, size, max_pixels)
+        if not fault:
+            decode(path)
+    except DataError as problem:
+        return size, str(problem)
+    return size, fault
+
+
+def size_fault(path: str, size: tuple[int, int], max_pixels: int) -> str:
+    """Whether an image of this (width, height) has more pixels than allowed once it is made square; "" if not."""
+    width, height = size
+    pixels = max(width, height) ** 2
+    if pixels <= max_pixels:
+        return ""
+    return (
+        f"image {path} has {width} x {height} pixels; made square that is {pixels:,}, more than "
+        f"data.max_image_pixels {max_pixels:,}: make it smaller or raise the limit"
+    )
+
+
+def header_size(path: str) -> tuple[int, int]:
+    """(width, height) as the file's header has it.
+
+    Raises:
+        DataError: naming the file and the reason.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception as problem:  # decoders raise whatever a broken file makes them stumble over
+        raise _unreadable(path, problem) from None
+
+
+def decode(path: str) -> Image.Image:
+    """Open and fully decode an image as RGB.
+
+    Raises:
+        DataError: naming the file and the reason.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.convert("RGB")
+    except Exception as problem:  # decoders raise whatever a broken file makes them stumble over
+        raise _unreadable(path, problem) from None
+
+
+def resolved(folder: Path) -> str:
+    """The image folder itself, links followed."""
+    return os.path.realpath(folder)
+
+
+def _unreadable(path: str, problem: Exception) -> DataError:
+    return DataError(f"image {path} cannot be read ({str(problem) or type(problem).__name__})")

@@ -1,0 +1,126 @@
+"""Only supervised positions go where the loss alone is made: through the head, and through the end of the last layer.
+
+Of an instruction's tokens few are supervised, and none of the others has a part in the loss once its keys and values
+are read by the last attention. So the last layer's queries, attention output and feed-forward block, and the head, run
+on gathered rows [1, N, C] in place of [B, L, C]. Loss and gradients are those of the whole forward; only hidden states
+and logits elsewhere are not computed.
+
+It works on any model of transformers whose head is one module that is called once and whose loss comes from
+`loss_function`; a call that does not look like that passes unchanged.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_vlm.data.templates import IGNORED
+from hydra_vlm.models.structure import ModelParts
+
+DENSE_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"}
+"""Linears of feed-forward blocks that treat each position by itself; what routes tokens to experts is none of them."""
+
+MOST = 0.75
+"""Above this share of supervised positions, gathering rows costs more than it spares."""
+
+
+class SupervisedPositions:
+    """Which positions of the batch at hand have a label behind them; all else is as in the plain forward.
+
+    Attributes:
+        rows: numbers [N] of those positions in the flattened batch, or None for a plain forward.
+        following: the labels [1, N] behind them.
+        shape: (B, L) of the batch.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.following = torch.empty(0)
+        self.shape: tuple[int, ...] = ()
+
+    def read(self, labels: Tensor | None) -> None:
+        """Take the labels [B, L] of the batch that comes next; they hold until the next are read.
+
+        They outlast the forward pass, for gradient checkpointing runs layers again in the backward pass.
+        """
+        self.rows = None
+        if labels is None or labels.dim() != 2:
+            return
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        rows = (following != IGNORED).nonzero().squeeze(1)
+        if 0 < len(rows) <= MOST * labels.numel():
+            self.rows, self.following, self.shape = rows, following[rows][None], tuple(labels.shape)
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """[B, L, C] -> [1, N, C]; of any other shape, as it is."""
+        if self.rows is None or tuple(hidden.shape[:-1]) != self.shape:
+            return hidden
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.rows)[None]
+
+    def scatter(self, computed: Tensor) -> Tensor:
+        """[1, N, C] -> [B, L, C] with zeros at other positions; of any other shape, as it is."""
+        if self.rows is None or tuple(computed.shape[:-1]) != (1, len(self.rows)):
+            return computed
+        blank = computed.new_zeros((self.shape[0] * self.shape[1], computed.shape[-1]))
+        return blank.index_copy(0, self.rows, computed[0]).view(*self.shape, -1)
+
+
+@contextmanager
+def supervised_only(model: Any, parts: ModelParts) -> Iterator[SupervisedPositions]:
+    """While the block lasts, the (unwrapped) model computes what its loss needs, at the positions last read."""
+    positions = SupervisedPositions()
+    head = model.get_output_embeddings()
+    with ExitStack() as undo:
+        hook = head.register_forward_pre_hook(lambda _, inputs: (positions.gather(inputs[0]), *inputs[1:]))
+        undo.callback(hook.remove)
+        for module in _ends(model, parts):
+            before = module.register_forward_pre_hook(lambda _, inputs: (positions.gather(inputs[0]), *inputs[1:]))
+            after = module.register_forward_hook(lambda _, __, output: positions.scatter(output))
+            undo.callback(before.remove)
+            undo.callback(after.remove)
+        undo.enter_context(_loss_of_gathered(model, positions))
+        yield positions
+
+
+@contextmanager
+def _loss_of_gathered(model: Any, positions: SupervisedPositions) -> Iterator[None]:
+    """The model's own loss, given the labels that belong to gathered logits."""
+    had, plain = hasattr(model, "_loss_function"), model.loss_function
+
+    def loss(logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        rows = positions.rows
+        if rows is not None and labels is not None and tuple(logits.shape[:-1]) == (1, len(rows)):
+            kwargs["shift_labels"] = positions.following.to(logits.device)
+            labels = None
+        value: Tensor = plain(logits, labels, *args, **kwargs)
+        return value
+
+    model.loss_function = loss
+    try:
+        yield
+    finally:
+        if had:
+            model.loss_function = plain
+        else:
+            del model._loss_function
+
+
+def _ends(model: nn.Module, parts: ModelParts) -> list[nn.Module]:
+    """The modules of the last decoder layer that treat positions one by one and whose results only the loss reads.
+
+    Keys and values are not among them: supervised positions read those of all others.
+    """
+    layers = model.get_submodule(parts.layers)
+    assert isinstance(layers, nn.ModuleList)
+    found = []
+    for name, module in layers[-1].named_children():
+        if name == "self_attn":
+            found += [child for part, child in module.named_children() if part in ("q_proj", "o_proj")]
+        elif name == "mlp" and {part for part, _ in module.named_children()} <= DENSE_LINEARS | {
+            "act_fn",
+            "activation_fn",
+        }:
+            found.append(module)
+    return found
