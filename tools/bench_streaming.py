@@ -110,7 +110,8 @@ def main() -> None:
     folder = wish.folder or Path(tempfile.mkdtemp(prefix="streaming-"))
     try:
         print(
-            f"{'records':>9} {'MB':>6} {'start':6} {'rows s':>8} {'lengths s':>9} {'first step s':>12} {'peak GiB':>8}"
+            f"{'records':>9} {'MB':>6} {'start':6} {'rows s':>8} {'lengths s':>9} {'first step s':>12} {'peak GiB':>8} "
+            f"{'clock s':>8}"
         )
         for count in wish.records:
             path = folder / str(count) / ("train.jsonl" if wish.lines else "train.json")
