@@ -255,7 +255,7 @@ def test_the_whole_job_and_the_whole_decoder(home: Home) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["data.train=missing.json"], "missing.json"),  # found by the first process alone
+        (["data.train=missing.json"], "data file missing.json"),  # found by the first process alone
         (["training.batch_size=3"], "training.batch_size 3 is not a multiple"),  # found by both
     ],
 )

@@ -94,7 +94,7 @@ def test_a_full_disk_and_then_room(config: Path, small_disk: Path) -> None:
 
 def test_too_little_memory_and_then_a_smaller_batch(config: Path, tmp_path: Path) -> None:
     toy = tmp_path / "toy/train.json"
-    long = [{"from": "human", "value": "<image>\nsay it"}, {"from": "gpt", "value": "ab " * 140}]
+    long = [{"from": "human", "value": "<image>\nsay it"}, {"from": "gpt", "value": "ab " * 100}]
     toy.write_text(json.dumps([{"id": f"{n}", "image": f"{n % 8}.png", "conversations": long} for n in range(96)]))
     run = tmp_path / "run"
     words = ("tune", str(config), "--out", str(run), "training.batch_size=96", "training.steps=3", "profile.steps=2")

@@ -93,7 +93,8 @@ def _feed_forward(stack: Stack, layer: Layer) -> int:
 def backward_of_layer(stack: Stack, layer: Layer, batch: Batch, how: Manner) -> int:
     """Bytes that come and go in one layer's backward pass: gradients of probabilities, or of the feed-forward."""
     wide = max(p.outputs for p in layer)
-    gradients = batch.positions * (3 * how.product * wide + 2 * how.weight * stack.width)
+    # Of three gradients as wide as the feed-forward, the first has its room from the last linear's input.
+    gradients = batch.positions * (2 * how.product * wide + 2 * how.weight * stack.width)
     probabilities = 2 * FLOAT * batch.rows * stack.heads * batch.length**2 if how.attention == "eager" else 0
     dequantized = max(p.weights for p in layer) * how.product if how.four_bits else 0
     return max(gradients, probabilities + 2 * how.weight * batch.positions * stack.width) + dequantized
@@ -147,18 +148,20 @@ def training_step(
     few = head_positions(batch, how)
     layers.append(saved_by_layer(shape.decoder, last, batch, how, full, few if few < batch.positions else None))
     layers += tower_saved(shape, batch, how)
-    if how.checkpointing:
-        inputs = how.weight * batch.positions * shape.decoder.width * len(shape.decoder.layers)
-        kept = {"layer inputs": 0 if how.offload else inputs, "one layer, computed again": max(layers)}
-    else:
-        kept = {"activations": sum(layers)}
     head = few * shape.vocabulary * 3 * FLOAT
     backward = backward_of_layer(shape.decoder, last, batch, how)
-    at_loss = head - (kept["one layer, computed again"] if how.checkpointing else 0) > backward
-    if at_loss and how.checkpointing:
-        kept["one layer, computed again"] = 0
+    stream = how.weight * batch.positions * shape.decoder.width
+    again = max(layers) - stream if how.checkpointing else 0  # a layer's input is kept in any case
+    at_loss = head > backward + again
+    if how.checkpointing:
+        inputs = 0 if how.offload else stream * len(shape.decoder.layers)
+        kept = {"layer inputs": inputs, "one layer, computed again": 0 if at_loss else again}
+    else:
+        kept = {"activations": sum(layers)}
     top = {"logits and their gradients": head} if at_loss else {"backward of one layer": backward}
-    around = batch.positions * shape.decoder.width * (FLOAT + 2 * how.weight)  # embeddings, last norm and its output
+    ends = FLOAT * batch.positions * shape.decoder.width  # embeddings
+    if at_loss or not how.checkpointing:
+        ends += 2 * stream  # the last norm and its output
     mask = how.weight * batch.rows * batch.length**2 if how.attention == "eager" else 0
     width = how.weight if full else FLOAT  # adapters are float32; what is trained of the base is in its own type
     adam = min(ADAM[how.optimizer], 2.0 * width)
@@ -167,7 +170,7 @@ def training_step(
     return (
         weights(shape, how, trained_projector)
         + Memory(states)
-        + Memory({**kept, **images, "embeddings, mask, last norm": around + mask, **top})
+        + Memory({**kept, **images, "embeddings, mask, last norm": ends + mask, **top})
         + images_of(shape, batch, how)
     )
 

@@ -156,7 +156,7 @@ def finetune(
             parts=loaded.parts,
             positions=positions,
             projector_learning_rate=settings.projector_learning_rate,
-            lengths=data.train.lengths.tolist() if settings.group_by_length else None,
+            lengths=data.train.lengths if settings.group_by_length else None,
             finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.told),
             args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),
             train_dataset=WithBlanks(numbered) if several else numbered,

@@ -11,11 +11,11 @@
 * the same batches, validation losses and checkpoints for any number of processes, the model sharded or not.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -53,7 +53,7 @@ class VLMTrainer(Trainer):
         *args: Any,
         parts: ModelParts,
         projector_learning_rate: float | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
         positions: SupervisedPositions | None = None,
         finite: FiniteSteps | None = None,
         **kwargs: Any,
@@ -235,8 +235,8 @@ class ByLength(Sampler[int]):
     `lengths` in tokens, image tokens counted. The order depends on nothing but lengths, batch size, seed and epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """What accelerate calls at the start of each epoch."""
@@ -246,16 +246,14 @@ class ByLength(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed} {self.epoch}")
-        numbers = draw.sample(range(len(self.lengths)), len(self.lengths))
-        window = WINDOW * self.batch_size
-        batches: list[list[int]] = []
-        for start in range(0, len(numbers), window):
-            alike = sorted(numbers[start : start + window], key=self.lengths.__getitem__)
-            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # the only short one comes last
-        draw.shuffle(batches)
-        return iter([number for batch in batches + rest for number in batch])
+        draw = np.random.default_rng([self.seed, self.epoch])
+        count, size = len(self.lengths), self.batch_size
+        numbers = draw.permutation(count)
+        windows = np.arange(count) // (WINDOW * size)
+        alike = numbers[np.lexsort((self.lengths[numbers], windows))]
+        full = count // size
+        batches, rest = alike[: full * size].reshape(full, size), alike[full * size :]  # the only short one comes last
+        return iter([*draw.permutation(batches).ravel().tolist(), *rest.tolist()])
 
 
 def split_projector(model: nn.Module, parts: ModelParts) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
