@@ -156,7 +156,8 @@ def prepared(loaded: Any, config: Any, phase: str, folder: Path) -> Any:
         with adapting(loaded, schedule, training, 0) as model:
             if phase == "evaluation":
                 how = Answering(config.evaluation.batch_size, config.evaluation.max_new_tokens)
-                answer(model.eval(), without_end(reader), ExactMatch("q").examples(found), how)
+                never_end()
+                answer(model.eval(), reader, ExactMatch("q").examples(found), how)
                 return
             rows = InstructionDataset(found, reader, 1024)
             finetune(model, loaded, InstructionData(rows, None, reader), training, 0, out)
@@ -165,10 +166,11 @@ def prepared(loaded: Any, config: Any, phase: str, folder: Path) -> Any:
     return run
 
 
-def without_end(reader: Any) -> Any:
-    """The reader of a model whose answers all take max_new_tokens, so that the longest case is measured."""
-    reader.tokenizer.eos_token_id = reader.tokenizer.pad_token_id
-    return reader
+def never_end() -> None:
+    """From now on all answers take max_new_tokens, so that the longest case is measured."""
+    from hydra_vlm.benchmarks import generation
+
+    generation.stop_tokens = lambda model, reader: [reader.tokenizer.pad_token_id]
 
 
 def records(folder: Path, rows: int, words: int) -> Path:
