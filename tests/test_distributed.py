@@ -28,7 +28,7 @@ from hydra_vlm import processes
 from hydra_vlm.config import RECIPES, load_config, recipe_names
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.profile import GradientNormProfile
-from hydra_vlm.training import sharding
+from hydra_vlm.training import frugality, sharding
 from hydra_vlm.training.even_batches import EvenBatches, WithBlanks, blanking
 from hydra_vlm.training.recipe import split_batch, validation_batch
 from hydra_vlm.training.trainer import ByLength
@@ -345,6 +345,9 @@ def test_what_several_processes_cannot_do_is_said_at_once(monkeypatch: pytest.Mo
     assert processes.shards_model()
     with pytest.raises(ConfigError, match="cannot be measured under DeepSpeed"):
         sharding.require_gradients()
+    monkeypatch.setattr(frugality, "require_bitsandbytes", lambda asked: None)
+    with pytest.raises(ConfigError, match="cannot be put together again"):
+        frugality.require_frugality(load_config(None, ["quantization=nf4"]), trains_base=False)
 
 
 def test_checkpoints_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -102,11 +102,12 @@ def manner_of(config: Config, kind: str) -> Manner:
     """How a device of that kind will compute this configuration; a CUDA device is taken to compute in bfloat16."""
     cuda = kind == "cuda"
     training = config.training
+    eager = config.attention == "eager" or (config.attention == "auto" and kind == "cpu")
     small = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
     return Manner(
         weight=2 if small else 4,
         autocast=training.precision == "bf16" or (training.precision == "auto" and cuda),
-        attention="eager" if kind == "cpu" else "sdpa",
+        attention="eager" if eager else "sdpa",
         checkpointing=training.gradient_checkpointing,
         offload=training.offload_activations and kind != "cpu",
         optimizer=training.optimizer,

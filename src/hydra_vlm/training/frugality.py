@@ -7,6 +7,7 @@ from typing import Any
 from hydra_vlm.config import Config, TrainingConfig
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.quantization import NONE, require_bitsandbytes
+from hydra_vlm.processes import shards_model
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 """transformers' names of what `training.optimizer` offers."""
@@ -18,12 +19,17 @@ def require_frugality(config: Config, trains_base: bool) -> None:
     `trains_base`: the run trains or writes the base's own weights, as full fine-tuning and stage I do.
 
     Raises:
-        ConfigError: bitsandbytes is needed and missing, or four-bit weights would be trained or written.
+        ConfigError: bitsandbytes is needed and missing, or four-bit weights would be trained, written or taken apart.
     """
     if config.training.optimizer != "adamw":
         require_bitsandbytes(f"training.optimizer={config.training.optimizer}")
     if config.quantization != NONE:
         require_bitsandbytes(f"quantization={config.quantization}")
+        if shards_model():
+            raise ConfigError(
+                f"quantization={config.quantization} with FSDP or DeepSpeed: the pieces of a base in four bits "
+                "cannot be put together again here: use DDP (`hydra-vlm devices ddp`), or set quantization=none"
+            )
         if trains_base:
             raise ConfigError(
                 f"quantization={config.quantization} leaves the base in four bits, which can be neither trained nor "

@@ -210,10 +210,8 @@ def load_to_take_apart(config: Config) -> LoadedModel:
     """The configuration's model on the CPU, of which devices get their pieces, in the precision that suits them."""
     place = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, place)).removeprefix("torch.")
-    loaded = load_model(config.model, "cpu", config.decoder_pattern, config.adapt, dtype)
-    if place.type != "cpu":
-        loaded.model.set_attn_implementation("sdpa")
-    return loaded
+    attention = "sdpa" if config.attention == "auto" and place.type != "cpu" else config.attention
+    return load_model(config.model, "cpu", config.decoder_pattern, config.adapt, dtype, attention=attention)
 
 
 def require_gradients() -> None:
