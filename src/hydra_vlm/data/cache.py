@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hydra_vlm.errors import DataError
+from hydra_vlm.data.json_rows import cannot_open
 from hydra_vlm.files import read_json, write_json
 
 SMALL = 2**20
@@ -47,9 +47,7 @@ def file_digest(path: Path, cache: Path) -> str:
                 return str(known[1])
             found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except (OSError, ValueError) as problem:
-        raise DataError(
-            f"data file {path} does not exist or cannot be read ({problem}): give a LLaVA-format file"
-        ) from (None)
+        raise cannot_open(path, problem) from None
     if seen.st_size > SMALL:
         write_json(note, [state, found])
     return found

@@ -28,6 +28,12 @@ _WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BO
 _WIDE |= {codecs.BOM_UTF16_BE: "UTF-16"}
 
 
+def cannot_open(path: Path, problem: Exception) -> DataError:
+    """The error for a data file that is not there, or not to be read."""
+    reason = getattr(problem, "strerror", None) or problem  # without the path, which is named already
+    return DataError(f"data file {path} does not exist or cannot be read ({reason}): give a LLaVA-format file")
+
+
 class JsonRow(NamedTuple):
     """One row: its number from 0, its lines from 1 (the first, and where reading goes on), its first byte and how many
     it has, its value, and what is wrong with it ("" for nothing)."""
@@ -67,9 +73,7 @@ def rows_of(path: Path, start: Place = Place()) -> Iterator[JsonRow]:
     try:
         file = path.open("rb")
     except (OSError, ValueError) as problem:
-        raise DataError(
-            f"data file {path} does not exist or cannot be read ({problem}): give a LLaVA-format file"
-        ) from (None)
+        raise cannot_open(path, problem) from None
     with file:
         opening = file.read(4096)
         skipped = _byte_order_mark(path, opening)
