@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +92,13 @@ class Place:
         self.patch.undo()
         assert self.train().validation_loss > 0
         assert (self.trial / "adapter/adapter_model.safetensors").is_file()
+
+
+def start(config: Path, run: Path) -> subprocess.Popen[bytes]:
+    """The real `tune` command; what it says is kept beside the run."""
+    command = [sys.executable, "-m", "hydra_vlm.cli", "tune", str(config), "--out", str(run)]
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def quiet(_: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from striking import start
 from tiny import toy_config
 
 pytestmark = pytest.mark.slow
@@ -21,12 +22,6 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "training": lambda run: any(run.glob("trials/coarse-seed0/checkpoints/checkpoint-4")),
     "scoring": lambda run: (run / "trials/fine-seed0/adapter/adapter_config.json").exists(),
 }
-
-
-def start(config: Path, run: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hydra_vlm.cli", "tune", str(config), "--out", str(run)]
-    with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def outcome(run: Path) -> dict[str, object]:

@@ -21,7 +21,7 @@ from hydra_vlm.models.loading import LoadedModel, load_model
 from hydra_vlm.planning import flops, memory
 from hydra_vlm.planning.advice import remedies
 from hydra_vlm.planning.plan import GIB, Device, manner_of
-from hydra_vlm.planning.reading import outline, shape_of, with_cache
+from hydra_vlm.planning.reading import outline, shape_of
 from hydra_vlm.planning.run import estimate, make_plan, planner_of
 from hydra_vlm.planning.shapes import Batch, Manner, Shape
 from hydra_vlm.training.recipe import adapting, count_trained
@@ -167,7 +167,7 @@ def test_each_way_of_saving_saves_where_it_should(saved: Path) -> None:
     assert plain.parts["optimizer states"] == 4 * eight.parts["optimizer states"]
     four = memory.weights(shape, replace(how, four_bits=True), True)
     assert 7 * four.parts["weights: decoder, 4 bits"] < memory.weights(shape, how, True).parts["weights: decoder"]
-    few = memory.training_step(with_cache(shape, True), batch, replace(how, supervised_only=True))
+    few = memory.training_step(shape, batch, replace(how, supervised_only=True))
     assert few.total < plain.total
     full = memory.training_step(shape, batch, how, full=True)
     assert full.parts["optimizer states"] > 5 * plain.parts["optimizer states"]

@@ -9,10 +9,8 @@ prediction and verdict must be that of the undisturbed run, to the byte.
 
 import argparse
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from striking import start
 
 SENT = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
 OPTIONS = (
@@ -33,13 +32,6 @@ OPTIONS = (
 )
 BEFORE_TRAINING = 0.3
 """Share of the kills that fall before anything new is on the disk."""
-
-
-def start(config: Path, run: Path) -> subprocess.Popen[bytes]:
-    """The real command; what it says is kept beside the run."""
-    command = [sys.executable, "-m", "hydra_vlm.cli", "tune", str(config), "--out", str(run)]
-    with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def outcome(run: Path) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The plain numbers of a saved model, read from its configuration: a model without weights on the meta device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +211,3 @@ def _traced_projector(projector: nn.Module, features: Tensor, count: int) -> Pro
     for parameter in projector.parameters():
         parameter.grad = None
     return Projector(count, sum(saved.values()), forward.get_total_flops(), backward.get_total_flops())
-
-
-def with_cache(shape: Shape, is_cached: bool) -> Shape:
-    """The shape with the tower's features at hand, or computed in every step."""
-    return replace(shape, tower=replace(shape.tower, is_cached=is_cached))

@@ -15,7 +15,6 @@ from hydra_vlm.planning.advice import Planner, Remedy, remedies
 from hydra_vlm.planning.lengths import DataSize, data_size
 from hydra_vlm.planning.plan import GIB, Device, Plan, plan_of
 from hydra_vlm.planning.reading import Outline, outline, shape_of
-from hydra_vlm.planning.shapes import Shape
 from hydra_vlm.schedule import RankSchedule
 
 
@@ -99,9 +98,3 @@ def _device(config: Config, gigabytes: float | None) -> Device:
         return Device(kind, card.total_memory, card.name)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device(kind, pages, "this machine's memory")
-
-
-def shape_for(config: Config) -> Shape:
-    """The numbers of the configuration's model with uniform LoRA at its budget."""
-    source = outline(resolve_model(config.model), config.decoder_pattern, config.adapt)
-    return shape_of(source, _uniform(source.parts.graph, config))
