@@ -54,8 +54,8 @@ class Opened:
         self.model.zero_grad()
         with sped_up(self.model, self.loaded.parts, TrainingConfig(**settings)) as positions:
             if positions is not None:
-                positions.read(batch["labels"])
-            loss = self.model(**batch).loss
+                positions.read(batch)
+            loss = self.model(**batch, use_cache=False).loss  # as the Trainer has it
             loss.backward()
         trained = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
         return loss.detach(), {n: g.clone() for n, g in trained.items() if g is not None}
@@ -100,13 +100,13 @@ def batches(opened: Opened) -> Iterator[dict[str, Tensor]]:
 
 
 def require_equal(found: tuple[Tensor, dict[str, Tensor]], plain: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Losses within 1e-6, the gradient as a whole within 1e-6 of its norm, each tensor's within float32's reach."""
+    """Losses within 1e-6, the gradient as a whole within 2e-6 of its norm, each tensor's within float32's reach."""
     torch.testing.assert_close(found[0], plain[0], rtol=1e-6, atol=1e-6)
     assert found[1].keys() == plain[1].keys()
     apart = {name: float((found[1][name] - gradient).norm()) for name, gradient in plain[1].items()}
     norm = {name: float(gradient.norm()) for name, gradient in plain[1].items()}
     whole = math.hypot(*norm.values())
-    assert math.hypot(*apart.values()) <= 1e-6 * whole
+    assert math.hypot(*apart.values()) <= 2e-6 * whole
     assert {name: a for name, a in apart.items() if a > 1e-5 * norm[name] + 1e-7 * whole} == {}
 
 
@@ -115,10 +115,10 @@ def test_loss_and_gradients_are_the_plain_forwards(each: Opened) -> None:
     for batch in batches(each):
         plain = each.loss_and_gradients(batch, **PLAIN)
         assert any(float(gradient.abs().max()) > 0 for gradient in plain[1].values())
-        for settings in ({"fused_layers": False}, {"supervised_only": False}, {}):
-            require_equal(each.loss_and_gradients(batch, **settings), plain)
+        for off in ("fused_layers", "packed_rows", "supervised_only", None):
+            require_equal(each.loss_and_gradients(batch, **({off: False} if off else {})), plain)
             compared += 1
-    assert compared >= 9
+    assert compared >= 12
 
 
 def test_the_head_and_the_last_layers_end_see_supervised_rows_alone(each: Opened) -> None:
@@ -128,8 +128,8 @@ def test_the_head_and_the_last_layers_end_see_supervised_rows_alone(each: Opened
     last = f"{each.loaded.parts.layers}.{each.loaded.parts.graph.n_layers - 1}"
     inner = {"head": base.get_output_embeddings(), "mlp": base.get_submodule(f"{last}.mlp.gate_proj")}
     inner["keys"] = base.get_submodule(f"{last}.self_attn.k_proj")
-    with sped_up(each.model, each.loaded.parts, TrainingConfig()) as positions:
-        positions.read(batch["labels"])
+    with sped_up(each.model, each.loaded.parts, TrainingConfig(packed_rows=False)) as positions:
+        positions.read(batch)
         hooks = [
             module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output.shape[:-1]}))
             for name, module in inner.items()
@@ -146,9 +146,9 @@ def test_the_head_and_the_last_layers_end_see_supervised_rows_alone(each: Opened
 def test_families_compute_with_the_operations_written_out(each: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     plain = LoraProduct.apply
-    monkeypatch.setattr(LoraProduct, "apply", lambda *given: used.append(1) or plain(*given))
+    monkeypatch.setattr(LoraProduct, "apply", lambda *given: used.append(torch.is_grad_enabled()) or plain(*given))
     each.loss_and_gradients(each.batch(each.records))
-    assert len(used) == len(each.loaded.parts.names())
+    assert sum(used) == len(each.loaded.parts.names())
 
 
 def test_nothing_is_left_behind(each: Opened) -> None:
@@ -162,7 +162,7 @@ def test_nothing_is_left_behind(each: Opened) -> None:
     with contextlib.suppress(KeyboardInterrupt), sped_up(each.model, each.loaded.parts, TrainingConfig()):
         during = (text.use_cache, text._attn_implementation)
         raise KeyboardInterrupt
-    assert during == (False, NAME)
+    assert during == (False, f"hydra_packed_{NAME}")
     assert not any("forward" in vars(module) for module in base.modules())
     assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in base.modules()] == hooks
     assert {name: getattr(sys.modules[name], ROTARY, None) for name in sources} == before
@@ -182,7 +182,7 @@ def test_where_most_is_supervised_all_is_computed(mobilevlm: Opened) -> None:
     batch = mobilevlm.batch([r for r in mobilevlm.records if not r.image])
     batch["labels"] = batch["input_ids"]
     with sped_up(mobilevlm.model, mobilevlm.loaded.parts, TrainingConfig()) as positions:
-        positions.read(batch["labels"])
+        positions.read(batch)
         assert mobilevlm.model(**batch).logits.shape[:2] == batch["labels"].shape
 
 
@@ -210,7 +210,7 @@ def test_autocast_and_dropout_keep_pefts_own_forward(mobilevlm: Opened, monkeypa
     dropping = TrainingConfig(dropout=0.5)
     again = load_model_again(mobilevlm)
     with adapting(again, uniform(again), dropping, 0) as model, sped_up(model, again.parts, dropping) as positions:
-        positions.read(batch["labels"])
+        positions.read(batch)
         assert torch.isfinite(model.train()(**batch).loss)
 
 
@@ -255,7 +255,7 @@ def test_no_graph_below_the_first_trained_parameter(mobilevlm: Opened) -> None:
     hooks = [base.get_submodule(name).register_forward_hook(note(name)) for name in names]
     batch = mobilevlm.batch(mobilevlm.records)
     with sped_up(model, parts, TrainingConfig()) as positions:
-        positions.read(batch["labels"])
+        positions.read(batch)
         model(**batch).loss.backward()
     for hook in hooks:
         hook.remove()

@@ -64,12 +64,13 @@ class Contender:
         return bool(self.settings.get("group_by_length"))
 
 
-OFF = {"supervised_only": False, "fused_layers": False}
+OFF = {"supervised_only": False, "packed_rows": False, "fused_layers": False}
 BY_LENGTH = {"group_by_length": True}
 CONTENDERS = {
     PLAIN: Contender(plain=True),
     "none of it": Contender(OFF),
     "supervised positions": Contender({**OFF, "supervised_only": True}),
+    "packed rows as well": Contender({**OFF, "supervised_only": True, "packed_rows": True}),
     "fused layers": Contender({**OFF, "fused_layers": True}),
     "features kept": Contender(OFF, cached=True),
     "all but features": Contender(),

@@ -130,6 +130,11 @@ class TrainingConfig(_Section):
         8.0, ge=0, description="keep tower features in the run folder if they take no more than this (0: do not)"
     )
     supervised_only: bool = Field(True, description="logits, and the last layer's end, at supervised positions alone")
+    packed_rows: bool = Field(
+        True,
+        description="no padding in the decoder, nothing behind the last answer, a beginning that all rows share once "
+        "(needs supervised_only; not with compile)",
+    )
     fused_layers: bool = Field(
         True, description="LoRA, norms, rotary positions, eager attention as one operation each (float32)"
     )
@@ -225,7 +230,9 @@ class Config(_Section):
         "none", description="nf4: the frozen decoder in four bits (QLoRA), through bitsandbytes"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
-        "auto", description="auto: eager on a CPU, else sdpa; flash attention needs its package"
+        "auto",
+        description="auto: eager on a CPU (sdpa in a tower that is not adapted), else sdpa; "
+        "flash attention needs its package",
     )
 
     @field_validator("adapt", mode="before")

@@ -27,6 +27,28 @@ def stack(rows: Sequence[Mapping[str, Tensor]], pad: int | None, side: str) -> d
     return {name: _together(values) for name, values in columns.items()}
 
 
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Whether each position [B, L] has a label behind it."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+
+
+def common_beginning(ids: Tensor, supervised: Tensor, image_token: int | None) -> int:
+    """Positions that all rows [B, L] begin with, up to the first image and the first supervised one.
+
+    Without an `image_token` it is not known where images begin, and there are none.
+    """
+    if image_token is None or len(ids) < 2:
+        return 0
+    same = (ids == ids[0]).all(dim=0) & (ids[0] != image_token) & ~supervised.any(dim=0)
+    return int(same.cumprod(0).sum())
+
+
+def needed_positions(supervised: Tensor) -> Tensor:
+    """How many positions [B] of each row [B, L] its last supervised one comes to see, itself included."""
+    place = torch.arange(1, supervised.shape[1] + 1, device=supervised.device)
+    return (supervised * place).amax(dim=1)
+
+
 def _padded(value: Tensor, width: int, side: str, fill: int) -> Tensor:
     missing = value.new_full((1, width - value.shape[1], *value.shape[2:]), fill)
     return torch.cat([value, missing] if side == "right" else [missing, value], dim=1)

@@ -21,7 +21,7 @@ from hydra_vlm.graph import DECODER
 from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor
 from hydra_vlm.models.quantization import NONE, keep_trainable, quantized_loading, require_quantizable
-from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.models.structure import TOWER, ModelParts, find_parts
 from hydra_vlm.models.untrusted import refusing_code
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -94,7 +94,8 @@ def load_model(
 
     Any vision-language model that transformers knows, or a text decoder, whose processor is its tokenizer. `dtype` of
     the weights is float32 or bfloat16; auto: bfloat16 on a CUDA device that computes in it, else float32.
-    `attention` is transformers' name of an implementation; auto: eager on a CPU, else sdpa. `decoder_pattern` and
+    `attention` is transformers' name of an implementation; auto: eager on a CPU (sdpa in a tower
+    that is not adapted), else sdpa. `decoder_pattern` and
     `adapt` are for `find_parts`. `quantization` nf4 stores the decoder's linears in four bits.
 
     Raises:
@@ -104,9 +105,10 @@ def load_model(
     require_quantizable(quantization, place)
     config = model_configuration(folder)
     weights = resolve_dtype(dtype, place)
+    mixed = attention == "auto" and place.type == "cpu"
     if attention == "auto":
-        # The CPU kernels of fused attention lose to plain matrix products in the backward pass.
-        attention = "eager" if place.type == "cpu" else "sdpa"
+        # The CPU kernels of fused attention lose to plain matrix products in the backward pass, and win without one.
+        attention = "eager" if mixed else "sdpa"
     kind = model_class(config)
     how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
     try:
@@ -116,7 +118,11 @@ def load_model(
         raise ConfigError(f"attention={attention}: {str(problem).splitlines()[0]} Use auto, or install it") from None
     model = (model if how else model.to(place)).eval().requires_grad_(False)
     keep_trainable(model)
-    return LoadedModel(model, load_processor(folder, config), find_parts(model, decoder_pattern, adapt))
+    parts = find_parts(model, decoder_pattern, adapt)
+    tower = model.get_submodule(parts.tower) if parts.tower else None
+    if mixed and TOWER not in adapt and isinstance(tower, PreTrainedModel) and tower._supports_sdpa:
+        tower.set_attn_implementation("sdpa")
+    return LoadedModel(model, load_processor(folder, config), parts)
 
 
 def model_configuration(folder: Path) -> PreTrainedConfig:

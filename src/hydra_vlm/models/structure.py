@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -105,6 +106,17 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequ
         lists=(layers, *([_find_layers(model, tower, TOWER)] if tower and TOWER in reach else [])),
         transposed=any(isinstance(linear, Conv1D) for linear in linears.values()),
     )
+
+
+NO_TOKEN = -1
+
+
+def image_token(config: Any, parts: ModelParts) -> int | None:
+    """The token that stands where an image is; of a model that sees none, what no token is; None if it is not known."""
+    if parts.tower is None and parts.projector is None:
+        return NO_TOKEN
+    found = getattr(config, "image_token_id", None)
+    return found if isinstance(found, int) else None
 
 
 def _reach(

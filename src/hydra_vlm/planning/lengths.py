@@ -3,7 +3,7 @@
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from hydra_vlm.benchmarks.protocol import Example
 from hydra_vlm.benchmarks.suite import tasks_of
 from hydra_vlm.config import Config
+from hydra_vlm.data.batches import common_beginning, needed_positions, supervised_positions
 from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.record_file import scan
@@ -23,18 +24,29 @@ from hydra_vlm.planning.shapes import Batch
 SAMPLE = 512
 """Rows that are tokenized for a plan; more change the mean little, and the longest is a sample's in any case."""
 
+BATCH = 16
+"""Rows that are made a batch of, images included, to see what they have in common."""
+
+WORTH = 0.97
+"""Above this share of positions that stay, training packs nothing (`training.packed`)."""
+
 DRAWS = 64
 """Batches drawn from the sample, whose mean longest row is what a step pads to."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Lengths in tokens of some rows, how many rows there are in all, and per row supervised tokens and images."""
+    """Lengths in tokens of some rows, how many rows there are in all, and per row supervised tokens and images.
+
+    `common` is the beginning that all share, `tail` the tokens of a row, on average, that no supervised one sees.
+    """
 
     lengths: tuple[int, ...]
     count: int
     supervised: float
     images: float
+    common: int = 0
+    tail: float = 0.0
 
     @property
     def longest(self) -> int:
@@ -52,6 +64,13 @@ class Rows:
         supervised = min(self.supervised, length)
         return Batch(rows, round(length), round(rows * self.images), round(rows * supervised))
 
+    def packed(self, rows: int, length: float, own: float) -> Batch:
+        """The same batch of rows that are `own` long, with what training leaves out left out."""
+        whole = self.batch(rows, length - self.tail)
+        computed = self.common + round(rows * (own - self.tail - self.common))
+        spares = rows > 1 and computed <= WORTH * rows * length
+        return replace(whole, packed=computed) if spares else self.batch(rows, length)
+
 
 @dataclass(frozen=True)
 class DataSize:
@@ -68,27 +87,29 @@ class DataSize:
     is_read: bool
 
 
-def data_size(config: Config, processor: Any | None, longest: int) -> DataSize:
+def data_size(config: Config, processor: Any | None, longest: int, image_token: int | None = None) -> DataSize:
     """Read the data if it is there, else take `data.max_length` for every row.
 
-    `longest` is the model's own limit. A built-in set is written to a folder that is removed again. Without a
-    processor there is nothing to read the data with.
+    `longest` is the model's own limit, `image_token` what stands for an image in its rows. A built-in set is written to
+    a folder that is removed again. Without a processor there is nothing to read the data with.
     """
     limit = min(config.data.max_length, longest)
     if processor is not None and config.data.train in BUILTIN:
         with tempfile.TemporaryDirectory() as folder:
-            return _read(config, processor, write_builtin(config.data.train, Path(folder) / "data"), Path(folder))
+            return _read(
+                config, processor, write_builtin(config.data.train, Path(folder) / "data"), Path(folder), image_token
+            )
     wish, path = config.data, Path(config.data.train)
     if processor is not None and path.is_file():
         files = DataFiles(path, wish.validation, wish.tests, wish.images, wish.benchmarks)
         with tempfile.TemporaryDirectory() as scratch:
-            return _read(config, processor, files, Path(scratch))
+            return _read(config, processor, files, Path(scratch), image_token)
     why = f"{path} is not there" if processor is not None else "the model has no processor"
     rows = Rows((limit,), 0, float(limit), 1.0)
     return DataSize(rows, rows, rows, 0, f"{why}: every row is taken for {limit} tokens (data.max_length)", False)
 
 
-def _read(config: Config, processor: Any, files: DataFiles, scratch: Path) -> DataSize:
+def _read(config: Config, processor: Any, files: DataFiles, scratch: Path, image_token: int | None) -> DataSize:
     reader = open_reader(processor, config.data.template)
     train = scan(files.train, files.images).records
     validation = None
@@ -102,8 +123,8 @@ def _read(config: Config, processor: Any, files: DataFiles, scratch: Path) -> Da
     seen = np.concatenate([found.rows["image"] for found in (train, validation) if found is not None])
     images = np.count_nonzero(np.unique(seen)) + len({e.image for e in questions if e.image})
     size = DataSize(
-        train=_rows(reader, train),
-        validation=_rows(reader, validation) if validation else None,
+        train=_with_ends(_rows(reader, train), reader, train, image_token),
+        validation=_with_ends(_rows(reader, validation), reader, validation, image_token) if validation else None,
         tests=_rows(reader, [_asked(example) for example in questions]) if questions else None,
         images=int(images),
         source="",
@@ -124,6 +145,17 @@ def _rows(reader: Reader, records: Sequence[Record]) -> Rows:
     ]
     shown = fmean(record.image is not None for record in chosen)
     return Rows(tuple(item["length"] for item in items), len(records), fmean(answers), shown)
+
+
+def _with_ends(rows: Rows, reader: Reader, records: Sequence[Record], image_token: int | None) -> Rows:
+    """With what rows have in common, and have behind their last answer, from some that are read as a batch."""
+    chosen = sample(records, BATCH)
+    batch = reader.batch([reader.item(record) for record in chosen])
+    supervised = supervised_positions(batch["labels"])
+    own = batch["attention_mask"].sum(dim=1) - needed_positions(supervised)
+    return replace(
+        rows, common=common_beginning(batch["input_ids"], supervised, image_token), tail=float(own.float().mean())
+    )
 
 
 def _asked(example: Example) -> Record:

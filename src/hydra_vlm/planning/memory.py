@@ -59,14 +59,15 @@ def saved_by_layer(
     if how.attention == "eager":
         attention += stack.heads * batch.length * (FLOAT + (product if product < FLOAT else 0))
     else:
-        attention += 2 * FLOAT * stack.heads + (product * stack.attention if own else 0)
+        copies_result = own or batch.packed is not None
+        attention += 2 * FLOAT * stack.heads + (product * stack.attention if copies_result else 0)
     between = product * _feed_forward(stack, layer)
     if end is None:
-        values = batch.positions * (norms + attention + of_linears(layer) + between)
+        values = batch.padded * attention + batch.positions * (norms + of_linears(layer) + between)
     else:
         ends = [p for p in layer if is_end(p)]
-        kept = norms + attention + of_linears(p for p in layer if not is_end(p))
-        values = batch.positions * kept + end * (of_linears(ends) + between)
+        kept = norms + of_linears(p for p in layer if not is_end(p))
+        values = batch.padded * attention + batch.positions * kept + end * (of_linears(ends) + between)
     copies = 2 * sum(p.weights for p in layer) if how.autocast and how.weight == FLOAT and not how.four_bits else 0
     adapter_copies = 2 * sum(p.rank * (p.inputs + p.outputs) for p in layer) if how.autocast else 0
     return int(values) + copies + adapter_copies
@@ -107,16 +108,22 @@ def forward_of_layer(stack: Stack, layer: Layer, batch: Batch, how: Manner) -> i
     if how.attention == "eager":
         each = 2 * FLOAT if how.product == FLOAT else FLOAT + how.product
         halves.append(
-            each * batch.rows * stack.heads * batch.length**2 + 3 * how.product * batch.positions * stack.attention
+            each * batch.rows * stack.heads * batch.length**2 + 3 * how.product * batch.padded * stack.attention
         )
     dequantized = max(p.weights for p in layer) * how.product if how.four_bits else 0
     return max(halves) + 3 * how.weight * batch.positions * stack.width + dequantized
 
 
+def mask_of(batch: Batch, how: Manner) -> int:
+    """Bytes of a mask for eager attention: one for all rows where they are packed, since padding is behind all else."""
+    rows = batch.rows if batch.packed is None else 1
+    return how.weight * rows * batch.length**2 if how.attention == "eager" else 0
+
+
 def head_positions(batch: Batch, how: Manner) -> int:
     """Positions whose logits a training step or a validation batch computes."""
-    few = batch.supervised <= MOST_SUPERVISED * batch.positions
-    return batch.supervised if how.supervised_only and few else batch.positions
+    few = batch.supervised <= MOST_SUPERVISED * batch.padded
+    return batch.supervised if how.supervised_only and few else batch.padded
 
 
 def weights(shape: Shape, how: Manner, trained_projector: bool) -> Memory:
@@ -162,7 +169,7 @@ def training_step(
     ends = FLOAT * batch.positions * shape.decoder.width  # embeddings
     if at_loss or not how.checkpointing:
         ends += 2 * stream  # the last norm and its output
-    mask = how.weight * batch.rows * batch.length**2 if how.attention == "eager" else 0
+    mask = mask_of(batch, how)
     width = how.weight if full else FLOAT  # adapters are float32; what is trained of the base is in its own type
     adam = min(ADAM[how.optimizer], 2.0 * width)
     states = {"gradients": width * trained, "optimizer states": int(adam * trained)}
@@ -197,7 +204,7 @@ def validation_step(shape: Shape, batch: Batch, how: Manner, trained_projector: 
     forward = forward_of_layer(shape.decoder, shape.decoder.layers[-1], batch, how)
     top = {"logits": head} if head > forward else {"forward of one layer": forward}
     stream = 2 * how.weight * batch.positions * shape.decoder.width
-    mask = how.weight * batch.rows * batch.length**2 if how.attention == "eager" else 0
+    mask = mask_of(batch, how)
     rest = {"optimizer states": int(ADAM[how.optimizer] * trained), "hidden states, mask": stream + mask, **top}
     return weights(shape, how, trained_projector) + Memory(rest) + images_of(shape, batch, how)
 

@@ -1,12 +1,13 @@
 """A plan: for each phase of a run its peak memory by what holds it, and its FLOPs, from shapes and a configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from hydra_vlm.config import Config
 from hydra_vlm.planning import flops, memory
-from hydra_vlm.planning.lengths import DataSize
+from hydra_vlm.planning.lengths import DataSize, Rows
 from hydra_vlm.planning.shapes import Batch, Manner, Memory, Shape
 
 GIB = 2**30
@@ -113,6 +114,7 @@ def manner_of(config: Config, kind: str) -> Manner:
         optimizer=training.optimizer,
         four_bits=config.quantization == "nf4",
         supervised_only=training.supervised_only,
+        packed=training.supervised_only and training.packed_rows and not training.compile and not training.dropout,
     )
 
 
@@ -130,8 +132,9 @@ def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, device
     cached = replace(shape, tower=replace(shape.tower, is_cached=is_cached))
     extra = _beside(device, kept if is_cached else 0)
     trains_projector = shape.projector.parameters > 0 and "projector" not in config.adapt
-    worst = data.train.batch(on_one, data.train.longest)
-    usual = data.train.batch(on_one, data.train.padded(on_one, training.group_by_length))
+    batch = _batches(data.train, shape, how)
+    worst = batch(on_one, data.train.longest, data.train.longest)
+    usual = batch(on_one, data.train.padded(on_one, training.group_by_length), fmean(data.train.lengths))
     once = data.images * shape.tower.forward if is_cached else 0
 
     def step(full: bool, steps: int | None, name: str, first: int = 0) -> Phase:
@@ -152,6 +155,13 @@ def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, device
         phases.append(_encoding(cached, data, how, extra, device))
     trained = {"lora": shape.adapter, "projector": shape.projector.parameters if trains_projector else 0}
     return Plan(shape.name, device, trained, tuple(phases), data, how)
+
+
+def _batches(rows: Rows, shape: Shape, how: Manner) -> Callable[[int, float, float], Batch]:
+    """How rows become a batch in training: by number, padded length, own length."""
+    if how.packed and shape.can_pack:
+        return rows.packed
+    return lambda count, length, _: rows.batch(count, length)
 
 
 def _steps(config: Config, data: DataSize) -> int | None:
@@ -181,7 +191,8 @@ def _validation(
     if data.validation is None:
         return None
     rows = min(rows, data.validation.count or rows)
-    batch = data.validation.batch(rows, data.validation.longest)
+    longest = data.validation.longest
+    batch = _batches(data.validation, shape, how)(rows, longest, longest)
     few = memory.head_positions(batch, how)
     work = flops.forward(shape, batch, few, few).total
     batches = -(-data.validation.count // rows) if data.is_read else None

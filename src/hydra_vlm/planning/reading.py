@@ -21,6 +21,18 @@ from hydra_vlm.planning.shapes import Linear, Projector, Shape, Stack, Tower
 from hydra_vlm.schedule import RankSchedule
 
 FLOAT = 4
+PACKED = {
+    "mobilevlm",
+    "llava",
+    "llava_onevision",
+    "smolvlm",
+    "idefics3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "internvl",
+    "llama",
+}
+"""Kinds of models whose rows training packs; of one that is not listed here a plan says what it takes unpacked."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ def shape_of(source: Outline, schedule: RankSchedule | None = None) -> Shape:
         tower_stack=tower_stack,
         patches=_patches(vision),
         head_is_tied=bool(getattr(source.config, "tie_word_embeddings", False)),
+        can_pack=source.config.model_type in PACKED,
     )
 
 

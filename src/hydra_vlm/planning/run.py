@@ -11,6 +11,7 @@ from hydra_vlm.errors import ConfigError, HydraError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.models.loading import resolve_model
 from hydra_vlm.models.processors import load_processor
+from hydra_vlm.models.structure import image_token
 from hydra_vlm.planning.advice import Planner, Remedy, remedies
 from hydra_vlm.planning.lengths import DataSize, data_size
 from hydra_vlm.planning.plan import GIB, Device, Plan, plan_of
@@ -38,11 +39,12 @@ def planner_of(config: Config, device: Device) -> Planner:
     shape = shape_of(source, _uniform(source.parts.graph, config))
     read: dict[int, DataSize] = {}
     processor = _processor(config, source)
+    mark = image_token(source.config, source.parts)
     longest = int(getattr(source.config.get_text_config(), "max_position_embeddings", config.data.max_length))
 
     def plan(changed: Config) -> Plan:
         if changed.data.max_length not in read:
-            read[changed.data.max_length] = data_size(changed, processor, longest)
+            read[changed.data.max_length] = data_size(changed, processor, longest, mark)
         return plan_of(changed, shape, read[changed.data.max_length], device)
 
     return plan

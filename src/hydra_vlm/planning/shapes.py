@@ -71,7 +71,8 @@ class Tower:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with its adapter. `parameters` counts weights by part; `quantizable` those of the decoder's linears."""
+    """A model with its adapter. `parameters` counts weights by part; `quantizable` those of the decoder's linears;
+    `can_pack` says that training packs its rows (`training.packed`)."""
 
     name: str
     decoder: Stack
@@ -82,6 +83,7 @@ class Shape:
     tower_stack: Stack | None = None
     patches: int = 0
     head_is_tied: bool = False
+    can_pack: bool = False
 
     @property
     def adapter(self) -> int:
@@ -106,7 +108,8 @@ class Manner:
     """How a model is computed: sizes in bytes, and which of the memory-saving ways are taken.
 
     `weight` is the size of a frozen weight; `autocast` computes products in bfloat16. With
-    `supervised_only`, logits and the last layer's end are computed at supervised positions alone.
+    `supervised_only`, logits and the last layer's end are computed at supervised positions alone, with `packed`, the
+    decoder leaves out what `Batch.packed` does.
     """
 
     weight: int = 4
@@ -117,6 +120,7 @@ class Manner:
     optimizer: str = "adamw"
     four_bits: bool = False
     supervised_only: bool = False
+    packed: bool = False
 
     @property
     def product(self) -> int:
@@ -126,16 +130,27 @@ class Manner:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of `length` positions on one device; `images` and `supervised` positions in all rows together."""
+    """Rows of `length` positions on one device; `images` and `supervised` positions in all rows together.
+
+    `packed` positions are computed where padding, what nobody reads and all but one of what is common are left out
+    (None: all).
+    """
 
     rows: int
     length: int
     images: int
     supervised: int
+    packed: int | None = None
+
+    @property
+    def padded(self) -> int:
+        """B L, which attention sees in any case."""
+        return self.rows * self.length
 
     @property
     def positions(self) -> int:
-        return self.rows * self.length
+        """What goes through the decoder's linears and norms."""
+        return self.padded if self.packed is None else self.packed
 
 
 @dataclass(frozen=True)

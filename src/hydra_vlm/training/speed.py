@@ -15,12 +15,13 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.processes import shards_model
 from hydra_vlm.training.fused import fused_layers
+from hydra_vlm.training.packed import packed_rows
 from hydra_vlm.training.supervised import SupervisedPositions, supervised_only
 
 
 @contextmanager
 def sped_up(model: nn.Module, parts: ModelParts, settings: TrainingConfig) -> Iterator[SupervisedPositions | None]:
-    """The model (PEFT's or bare) with what `settings` asks for; the positions are to be told each batch's labels.
+    """The model (PEFT's or bare) with what `settings` asks for; the positions are to be told each batch.
 
     A model that FSDP or DeepSpeed take apart is left as it is: they hook on the modules that would be replaced.
     """
@@ -32,7 +33,13 @@ def sped_up(model: nn.Module, parts: ModelParts, settings: TrainingConfig) -> It
         undo.enter_context(without_key_cache(base))
         if settings.fused_layers and not (settings.compile or settings.liger):
             undo.enter_context(fused_layers(base, parts))
-        yield undo.enter_context(supervised_only(base, parts)) if settings.supervised_only else None
+        if not settings.supervised_only:
+            yield None
+            return
+        positions = undo.enter_context(supervised_only(base, parts))
+        if settings.packed_rows and not settings.compile:
+            undo.enter_context(packed_rows(base, parts, positions))
+        yield positions
 
 
 @contextmanager

@@ -9,14 +9,14 @@ It works on any model of transformers whose head is one module that is called on
 `loss_function`; a call that does not look like that passes unchanged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hydra_vlm.data.templates import IGNORED
+from hydra_vlm.data.batches import supervised_positions
 from hydra_vlm.models.structure import ModelParts
 
 DENSE_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"}
@@ -26,32 +26,50 @@ MOST = 0.75
 """Above this share of supervised positions, gathering rows costs more than it spares."""
 
 
+class Packed(Protocol):
+    """What is to be known here of a batch that the decoder computes as one row (`training.packed`)."""
+
+    picked: Tensor
+
+
 class SupervisedPositions:
     """Which positions of the batch at hand have a label behind them; all else is as in the plain forward.
 
     Attributes:
         rows: numbers [N] of those positions in the flattened batch, or None for a plain forward.
         following: the labels [1, N] behind them.
-        shape: (B, L) of the batch.
+        shape: (B, L) of the batch, or (1, T) once the decoder has packed it.
+        plan: how a batch, and whether a position [B, L] is supervised, become a packing; None to pack nothing.
+        planned: that of the batch at hand, which the decoder may take.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.following = torch.empty(0)
         self.shape: tuple[int, ...] = ()
+        self.plan: Callable[[Mapping[str, Any], Tensor], Any] | None = None
+        self.planned: Any = None
 
-    def read(self, labels: Tensor | None) -> None:
+    def read(self, batch: Mapping[str, Any]) -> None:
         """Take the labels [B, L] of the batch that comes next; they hold until the next are read.
 
         They outlast the forward pass, for gradient checkpointing runs layers again in the backward pass.
         """
-        self.rows = None
+        self.rows = self.planned = None
+        labels = batch.get("labels")
         if labels is None or labels.dim() != 2:
             return
-        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        rows = (following != IGNORED).nonzero().squeeze(1)
+        supervised = supervised_positions(labels)
+        rows = supervised.flatten().nonzero().squeeze(1)
         if 0 < len(rows) <= MOST * labels.numel():
-            self.rows, self.following, self.shape = rows, following[rows][None], tuple(labels.shape)
+            following = labels.flatten()[rows + 1]  # no row's last position is supervised
+            self.rows, self.following, self.shape = rows, following[None], tuple(labels.shape)
+            self.planned = self.plan(batch, supervised) if self.plan else None
+
+    def pack(self, packed: Packed) -> None:
+        """The batch is one row from here on, of the positions that were picked: all supervised ones among them."""
+        assert self.rows is not None
+        self.rows, self.shape = torch.searchsorted(packed.picked, self.rows), (1, len(packed.picked))
 
     def gather(self, hidden: Tensor) -> Tensor:
         """[B, L, C] -> [1, N, C]; of any other shape, as it is."""

@@ -97,9 +97,9 @@ class VLMTrainer(Trainer):
         return loader
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, after the supervised positions were read from the batch's labels."""
+        """The Trainer's, after the supervised positions were read from the batch."""
         if self.positions is not None:
-            self.positions.read(inputs.get("labels"))
+            self.positions.read(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.args.world_size == 1 or self.is_deepspeed_enabled or not model.training:
             return loss

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.projector import build_projector
-from hydra_vlm.models.mobilevlm.towers import tower_kind
+from hydra_vlm.models.mobilevlm.towers import images_at_once, tower_kind
 
 
 class MobileVLMPreTrainedModel(PreTrainedModel):
@@ -60,9 +60,12 @@ class MobileVLMModel(MobileVLMPreTrainedModel):
         """
         tower = self.vision_tower
         trained = any(parameter.requires_grad for parameter in tower.parameters())
+        kind, layer = tower_kind(self.config.vision_config), self.config.vision_feature_layer
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            kind = tower_kind(self.config.vision_config)
-            return kind.features(tower, pixel_values, self.config.vision_feature_layer)
+            if torch.is_grad_enabled():
+                return kind.features(tower, pixel_values, layer)
+            portions = pixel_values.split(images_at_once(pixel_values))
+            return torch.cat([kind.features(tower, portion, layer) for portion in portions])
 
     def project(self, image_features: Tensor) -> Tensor:
         """Tower features as decoder positions: [n, N, D] -> [n, image_tokens, C]."""

@@ -7,6 +7,7 @@ and nowhere else. Towers are frozen unless somebody opens their parameters.
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -81,6 +82,20 @@ def tower_kind(config: PreTrainedConfig) -> VisionTower:
     if config.model_type not in TOWERS:
         raise ValueError(f"vision tower of type {config.model_type!r} is unknown: use one of {', '.join(TOWERS)}.")
     return TOWERS[config.model_type]
+
+
+PIXELS_AT_ONCE = 2**15
+
+
+def images_at_once(pixel_values: Tensor) -> int:
+    """How many of the images [n, 3, H, W] go through a tower together where nothing is kept for a backward pass.
+
+    On a CPU no more than a core's cache holds the activations of; elsewhere all.
+    """
+    count, _, height, width = pixel_values.shape
+    if pixel_values.device.type != "cpu":
+        return max(1, count)
+    return max(1, PIXELS_AT_ONCE * torch.get_num_threads() // (height * width))
 
 
 def grid_side(config: PreTrainedConfig) -> int:
