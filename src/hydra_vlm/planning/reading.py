@@ -29,6 +29,7 @@ PACKED = {
     "idefics3",
     "qwen2_vl",
     "qwen2_5_vl",
+    "qwen3_vl",
     "internvl",
     "llama",
 }

@@ -258,17 +258,23 @@ def _leave(*_: Any) -> None:
     _RUNNING.clear()
 
 
+TOKENS = ("input_ids", "inputs_embeds")
+BY_PLACE = ("attention_mask", "position_ids", "visual_pos_masks")
+AT_IMAGES = "deepstack_visual_embeds"
+"""Of a call for rows [B, L]: tokens; what has a value for each, some [B, L], some [3, B, L]; and, for Qwen3-VL, what
+deeper layers add to the images' positions, those of all rows behind one another."""
+
+
 def _packed_arguments(named: Mapping[str, Any], packing: Packing) -> dict[str, Any]:
     packed = dict(named)
-    for name in ("input_ids", "inputs_embeds"):
-        values = named.get(name)
-        if values is not None:
+    for name in TOKENS:
+        if (values := named.get(name)) is not None:
             packed[name] = values.flatten(0, 1).index_select(0, packing.picked)[None]
-    place = named.get("position_ids")
-    if place is None:
+    for name in BY_PLACE:
+        if (values := named.get(name)) is not None:
+            packed[name] = packing.pack(values.expand(*values.shape[:-2], *packing.shape))
+    if named.get("position_ids") is None:
         packed["position_ids"] = (packing.picked % packing.shape[1])[None]
-    else:
-        packed["position_ids"] = packing.pack(place.expand(*place.shape[:-2], *packing.shape))
     # Given no mask, transformers takes positions that start again for sequences of their own, and masks them.
     packed["attention_mask"] = torch.ones_like(packing.picked)[None]
     return packed | {"packing": packing}
@@ -277,23 +283,38 @@ def _packed_arguments(named: Mapping[str, Any], packing: Packing) -> dict[str, A
 def _is_known(named: Mapping[str, Any], packing: Packing) -> bool:
     """Whether a call consists of the batch as planned and of nothing else that has its shape."""
     told = {name: value for name, value in named.items() if value is not None}
-    values = [told.pop(name) for name in ("input_ids", "inputs_embeds") if name in told]
-    mask, place = told.pop("attention_mask", None), told.pop("position_ids", None)
-    if len(values) != 1 or tuple(values[0].shape[:2]) != packing.shape:
-        return False
-    if mask is not None and not (torch.is_tensor(mask) and tuple(mask.shape) == packing.shape):
-        return False
-    if place is not None:
-        if place.dim() < 2 or place.shape[-1] != packing.shape[1] or place.shape[-2] not in (1, packing.shape[0]):
-            return False
-        if not bool((place[..., : packing.common] == place[..., :1, : packing.common]).all()):
-            return False
-    if any(told.get(f"output_{what}") for what in ("hidden_states", "attentions", "router_logits")):
-        return False
-    return all(
-        value.dim() == 0 if torch.is_tensor(value) else isinstance(value, bool | int | float | str)
-        for value in told.values()
+    tokens = [told.pop(name) for name in TOKENS if name in told]
+    by_place = {name: told.pop(name) for name in BY_PLACE if name in told}
+    told.pop(AT_IMAGES, None)
+    return (
+        len(tokens) == 1
+        and tuple(tokens[0].shape[:2]) == packing.shape
+        and all(_fits(value, packing) for value in by_place.values())
+        and ("attention_mask" not in by_place or by_place["attention_mask"].dim() == 2)
+        and _begins_alike(by_place.get("position_ids"), packing)
+        and _keeps_all(by_place.get("visual_pos_masks"), packing)
+        and not any(told.get(f"output_{what}") for what in ("hidden_states", "attentions", "router_logits"))
+        and all(_is_single(value) for value in told.values())
     )
+
+
+def _fits(value: Any, packing: Packing) -> bool:
+    """[..., B, L], or [..., 1, L]."""
+    rows, length = packing.shape
+    return torch.is_tensor(value) and value.dim() > 1 and value.shape[-1] == length and value.shape[-2] in (1, rows)
+
+
+def _begins_alike(place: Tensor | None, packing: Packing) -> bool:
+    common = packing.common
+    return place is None or bool((place[..., :common] == place[..., :1, :common]).all())
+
+
+def _keeps_all(chosen: Tensor | None, packing: Packing) -> bool:
+    return chosen is None or int(packing.pack(chosen).sum()) == int(chosen.sum())
+
+
+def _is_single(value: Any) -> bool:
+    return value.dim() == 0 if torch.is_tensor(value) else isinstance(value, bool | int | float | str)
 
 
 @torch.no_grad()
