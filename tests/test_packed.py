@@ -150,6 +150,23 @@ def test_families_are_packed_as_plans_take_them(each: Opened) -> None:
         assert packing is None or found == len(packing.picked)
 
 
+def test_the_decoders_result_keeps_its_shape(mobilevlm: Opened) -> None:
+    batch = mobilevlm.batch(mobilevlm.records)
+    decoder = mobilevlm.model.get_base_model().get_submodule(mobilevlm.loaded.parts.decoder)
+    results: list[Tensor] = []
+    for packed in (False, True):
+        with sped_up(mobilevlm.model, mobilevlm.loaded.parts, TrainingConfig(packed_rows=packed)) as positions:
+            assert positions is not None
+            positions.read(batch)
+            hook = decoder.register_forward_hook(lambda _, __, output: results.append(output.last_hidden_state))
+            mobilevlm.model(**batch, use_cache=False)
+            hook.remove()
+            supervised = positions.rows
+    plain, ours = results
+    assert ours.shape == plain.shape
+    torch.testing.assert_close(ours.flatten(0, 1)[supervised], plain.flatten(0, 1)[supervised])
+
+
 def test_a_common_beginning_is_computed_once(mobilevlm: Opened) -> None:
     texts = mobilevlm.batch([record for record in mobilevlm.records if not record.image] * 3)
     plain = mobilevlm.loss_and_gradients(texts, **PLAIN)

@@ -133,7 +133,7 @@ class TrainingConfig(_Section):
     packed_rows: bool = Field(
         True,
         description="no padding in the decoder, nothing behind the last answer, a beginning that all rows share once "
-        "(needs supervised_only; not with compile)",
+        "(needs supervised_only; not with dropout or compile)",
     )
     fused_layers: bool = Field(
         True, description="LoRA, norms, rotary positions, eager attention as one operation each (float32)"

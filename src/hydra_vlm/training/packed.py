@@ -114,6 +114,11 @@ class Packing:
         """[..., B, L] -> [..., 1, T]."""
         return values.flatten(-2).index_select(-1, self.picked).unsqueeze(-2)
 
+    def unpack(self, hidden: Tensor) -> Tensor:
+        """[1, T, C] -> [B, L, C]; where nothing was computed there may be anything, behind L' zeros."""
+        spread: Tensor = Spread.apply(hidden[:, None], self)
+        return nn.functional.pad(spread[:, 0], (0, 0, 0, self.shape[1] - self.needed))
+
 
 def _pads_right(mask: Tensor | None) -> bool:
     return mask is None or (mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()))
@@ -197,7 +202,7 @@ def packed_rows(model: Any, parts: ModelParts, positions: SupervisedPositions) -
     AttentionMaskInterface.register(name, partial(packed_mask, inner))
     with ExitStack() as undo:
         enter = decoder.register_forward_pre_hook(partial(_enter, positions), with_kwargs=True)
-        leave = decoder.register_forward_hook(_leave, always_call=True)
+        leave = decoder.register_forward_hook(_leave, always_call=True)  # after an error, too
         undo.callback(enter.remove)
         undo.callback(leave.remove)
         undo.callback(setattr, config, "_attn_implementation_internal", inner)
@@ -247,15 +252,21 @@ def packed_mask(inner: str, **asked: Any) -> Tensor | None:
 def _enter(positions: SupervisedPositions, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Before the decoder runs: its arguments packed, where a packing was planned for a call like this one."""
     packing = positions.planned
-    if packing is None or given or not _is_known(named, packing):
+    if not isinstance(packing, Packing) or given or not _is_known(named, packing):
         return None
-    positions.pack(packing)
     _RUNNING.append(packing)
     return (), _packed_arguments(named, packing)
 
 
-def _leave(*_: Any) -> None:
-    _RUNNING.clear()
+def _leave(_: nn.Module, __: Any, output: Any) -> Any:
+    """After the decoder ran: its result [1, T, C] as [B, L, C], so that nobody behind it need know."""
+    packing = _RUNNING.pop() if _RUNNING else None
+    if packing is None or output is None:
+        return None
+    if isinstance(output, tuple):
+        return (packing.unpack(output[0]), *output[1:])
+    output.last_hidden_state = packing.unpack(output.last_hidden_state)
+    return output
 
 
 TOKENS = ("input_ids", "inputs_embeds")

@@ -22,14 +22,18 @@ from hydra_vlm.models.structure import ModelParts
 DENSE_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"}
 """Linears of feed-forward blocks that treat each position by itself; what routes tokens to experts is none of them."""
 
-MOST = 0.75
-"""Above this share of supervised positions, gathering rows costs more than it spares."""
-
 
 class Packed(Protocol):
-    """What is to be known here of a batch that the decoder computes as one row (`training.packed`)."""
+    """What is to be known here of a batch that the decoder computes as one row of T positions (`training.packed`)."""
 
-    picked: Tensor
+    @property
+    def picked(self) -> Tensor:
+        """Their numbers [T] in the flattened batch, ascending; supervised ones are all among them."""
+        ...
+
+
+MOST = 0.75
+"""Above this share of supervised positions, gathering rows costs more than it spares."""
 
 
 class SupervisedPositions:
@@ -38,17 +42,17 @@ class SupervisedPositions:
     Attributes:
         rows: numbers [N] of those positions in the flattened batch, or None for a plain forward.
         following: the labels [1, N] behind them.
-        shape: (B, L) of the batch, or (1, T) once the decoder has packed it.
-        plan: how a batch, and whether a position [B, L] is supervised, become a packing; None to pack nothing.
-        planned: that of the batch at hand, which the decoder may take.
+        shape: (B, L) of the batch.
+        plan: how a batch, and whether a position [B, L] is supervised, become a packing (`training.packed`).
+        planned: that of the batch at hand, which the decoder may take; None to pack nothing.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.following = torch.empty(0)
         self.shape: tuple[int, ...] = ()
-        self.plan: Callable[[Mapping[str, Any], Tensor], Any] | None = None
-        self.planned: Any = None
+        self.plan: Callable[[Mapping[str, Any], Tensor], Packed | None] | None = None
+        self.planned: Packed | None = None
 
     def read(self, batch: Mapping[str, Any]) -> None:
         """Take the labels [B, L] of the batch that comes next; they hold until the next are read.
@@ -66,23 +70,25 @@ class SupervisedPositions:
             self.rows, self.following, self.shape = rows, following[None], tuple(labels.shape)
             self.planned = self.plan(batch, supervised) if self.plan else None
 
-    def pack(self, packed: Packed) -> None:
-        """The batch is one row from here on, of the positions that were picked: all supervised ones among them."""
-        assert self.rows is not None
-        self.rows, self.shape = torch.searchsorted(packed.picked, self.rows), (1, len(packed.picked))
-
     def gather(self, hidden: Tensor) -> Tensor:
-        """[B, L, C] -> [1, N, C]; of any other shape, as it is."""
-        if self.rows is None or tuple(hidden.shape[:-1]) != self.shape:
-            return hidden
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.rows)[None]
+        """[B, L, C], or packed [1, T, C] -> [1, N, C]; of any other shape, as it is."""
+        rows = self._rows_in(tuple(hidden.shape[:-1]))
+        return hidden if rows is None else hidden.flatten(0, -2).index_select(0, rows)[None]
 
-    def scatter(self, computed: Tensor) -> Tensor:
-        """[1, N, C] -> [B, L, C] with zeros at other positions; of any other shape, as it is."""
-        if self.rows is None or tuple(computed.shape[:-1]) != (1, len(self.rows)):
+    def scatter(self, computed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """[1, N, C] -> the shape [B, L] or [1, T] that was gathered from, with zeros at other positions."""
+        rows = self._rows_in(shape)
+        if rows is None:
             return computed
-        blank = computed.new_zeros((self.shape[0] * self.shape[1], computed.shape[-1]))
-        return blank.index_copy(0, self.rows, computed[0]).view(*self.shape, -1)
+        blank = computed.new_zeros((shape[0] * shape[1], computed.shape[-1]))
+        return blank.index_copy(0, rows, computed[0]).view(*shape, -1)
+
+    def _rows_in(self, shape: tuple[int, ...]) -> Tensor | None:
+        if self.rows is None or shape == self.shape:
+            return self.rows
+        if self.planned is not None and shape == (1, len(self.planned.picked)):
+            return torch.searchsorted(self.planned.picked, self.rows)
+        return None
 
 
 @contextmanager
@@ -94,12 +100,23 @@ def supervised_only(model: Any, parts: ModelParts) -> Iterator[SupervisedPositio
         hook = head.register_forward_pre_hook(lambda _, inputs: (positions.gather(inputs[0]), *inputs[1:]))
         undo.callback(hook.remove)
         for module in _ends(model, parts):
-            before = module.register_forward_pre_hook(lambda _, inputs: (positions.gather(inputs[0]), *inputs[1:]))
-            after = module.register_forward_hook(lambda _, __, output: positions.scatter(output))
-            undo.callback(before.remove)
-            undo.callback(after.remove)
+            _compute_at(module, positions, undo)
         undo.enter_context(_loss_of_gathered(model, positions))
         yield positions
+
+
+def _compute_at(module: nn.Module, positions: SupervisedPositions, undo: ExitStack) -> None:
+    """Have a module of the decoder compute at supervised positions alone."""
+    shapes: list[tuple[int, ...]] = []
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        shapes[:] = [tuple(inputs[0].shape[:-1])]
+        return (positions.gather(inputs[0]), *inputs[1:])
+
+    gathering = module.register_forward_pre_hook(before)
+    scattering = module.register_forward_hook(lambda _, __, output: positions.scatter(output, shapes[0]))
+    undo.callback(gathering.remove)
+    undo.callback(scattering.remove)
 
 
 @contextmanager
