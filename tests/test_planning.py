@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,11 @@ def test_a_plan_reads_the_data_and_names_every_phase(saved: Path, toy_data: Path
     assert phases["search"]["flops"] > 20 * phases["training"]["flops"]
     assert found["fits"]
     assert "8 of 8 training rows tokenized" in text
+    assert re.search(r"rows are packed: of a step's [\d,]+ positions [\d,]+ go through the decoder", text)
+    unpacked = config.model_copy(update={"training": config.training.model_copy(update={"packed_rows": False})})
+    text, more = plan_config(unpacked, 4.0)
+    assert "rows are packed" not in text
+    assert more["phases"][1]["flops"] > phases["training"]["flops"]
     assert json.loads(json.dumps(found)) == found
     absent = config.model_copy(update={"data": config.data.model_copy(update={"train": "nowhere.json"})})
     text, found = plan_config(absent, 0.001)

@@ -14,6 +14,7 @@ def plan_text(plan: Plan) -> str:
         f"{plan.model} on {plan.device.kind}, {plan.device.memory / GIB:.2f} GiB ({plan.device.source})",
         f"trainable parameters: {trained} = {sum(plan.trained.values()):,} (any schedule under the budget: at most)",
         f"data: {plan.data.source}",
+        *_packed(plan),
         "",
         HEADER,
         *(_line(phase) for phase in plan.phases),
@@ -25,6 +26,14 @@ def plan_text(plan: Plan) -> str:
     for name in ["training"] if same else ["training", widest.name]:
         lines += ["", f"{name}, at its peak:", *_parts(plan.phase(name))]
     return "\n".join(lines)
+
+
+def _packed(plan: Plan) -> list[str]:
+    batch = plan.phase("training").batch
+    if batch.packed is None:
+        return []
+    whole = batch.rows * plan.data.train.longest
+    return [f"rows are packed: of a step's {whole:,} positions {batch.packed:,} go through the decoder"]
 
 
 def _line(phase: Phase) -> str:
