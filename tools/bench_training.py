@@ -2,6 +2,7 @@
 
     python tools/bench_training.py --size embedded --repeats 5 --steps 12
     python tools/bench_training.py --size smol --repeats 3 --steps 4
+    python tools/bench_training.py --repeats 30 --steps 6 --only all --only "all, profiled" --only "all, mixed ranks"
 
 The plain script is what transformers' documentation leads to: the model's Auto class, PEFT's uniform LoRA on all
 linears of the decoder, the projector opened, `Trainer` with its defaults, and a collator that opens images and pads.
@@ -9,13 +10,15 @@ Model, first adapter, records, order, batch and learning rates are the same, and
 is asserted to be below 1e-4. Only contenders by length have another order, and a plain script of their own.
 
 Every contender is a process of its own, which loads once and then waits for its turns. In each repeat all train
-`--steps` steps from the start, one after another; the first two steps of a turn are not timed. Where features are kept
-they are computed before (seconds are printed). Memory is the peak of a contender's process, loading included.
-One thread; set OMP_NUM_THREADS for more.
+`--steps` steps from the start, one after another; the first two steps of a turn are not timed. What gradient norms and
+mixed ranks cost is measured within one process, in many short turns (the third command). Where features are kept they
+are computed before (seconds are printed). Memory is the peak of a contender's process, loading included. One thread;
+set OMP_NUM_THREADS for more.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -27,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from scipy.special import stdtrit
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -81,6 +86,8 @@ CONTENDERS = {
     PLAIN_BY_LENGTH: Contender(BY_LENGTH, plain=True),
     "two workers": Contender({**OFF, "workers": 2}),
 }
+COMPARED = {"all, profiled": "gradient norms cost", "all, mixed ranks": "mixed ranks cost"}
+"""Trained in turn with `all` in one process: two processes with the same work differ by more than these cost."""
 EXTRA = ("two workers", PLAIN_BY_LENGTH, "by length")
 """Run only when they are named: on one core a worker wins nothing, and the built-in sets have little padding."""
 
@@ -164,29 +171,23 @@ def report(turns: Sequence[Mapping[str, Mapping[str, Any]]], samples: int) -> No
         memory = turns[0][name]["peak"]
         print(f"{name:26}{statistics.median(rates):10.1f}  {spread:<24}{spent:6.2f}{memory:9.0f}  {shown}", flush=True)
         assert mixed or apart < EQUAL, f"{name}: losses differ by {apart}"
-    compare(turns, "all, profiled", "gradient norms cost", "recording itself takes")
-    compare(turns, "all, mixed ranks", "mixed ranks cost", None)
+    for name, what in COMPARED.items():
+        if name in turns[0]:
+            compare(turns, name, what)
 
 
-def compare(turns: Sequence[Mapping[str, Mapping[str, Any]]], name: str, what: str, inside: str | None) -> None:
-    """How much longer than `all` a contender's steps take: by those disturbed least of either, then by all."""
-    if name not in turns[0] or "all" not in turns[0]:
-        return
-    quick, quick_all = (quarter([step for turn in turns for step in turn[one]["steps"]]) for one in (name, "all"))
-    costs = [100 * (turn[name]["seconds"] / turn["all"]["seconds"] - 1) for turn in turns]
-    text = (
-        f"{what} {100 * (quick / quick_all - 1):+.1f} % of a step (first quartile of steps; whole turns: median "
-        f"{statistics.median(costs):+.1f} %, {min(costs):+.1f} to {max(costs):+.1f})"
-    )
-    if inside:
-        shares = [100 * turn[name]["recording"] / turn[name]["seconds"] for turn in turns]
-        text += f"; {inside} {statistics.median(shares):.2f} %"
-    print(text)
+def compare(turns: Sequence[Mapping[str, Mapping[str, Any]]], name: str, what: str) -> None:
+    """How much longer its steps are than those of `all` in the same process, by the quickest step of either's turn.
 
-
-def quarter(seconds: Sequence[float]) -> float:
-    """Their first quartile: whatever else a machine does makes a step longer, never shorter."""
-    return statistics.quantiles(seconds, n=4)[0]
+    Whatever else a machine does makes a step longer, never shorter; its clock drifts, so there is an interval.
+    """
+    ratios = [math.log(min(turn[name]["steps"]) / min(turn[name]["beside"])) for turn in turns]
+    text = f"{what} {100 * statistics.fmean(ratios):+.1f} % of a step"
+    if len(ratios) > 1:
+        half = stdtrit(len(ratios) - 1, 0.975) * statistics.stdev(ratios) / len(ratios) ** 0.5
+        text += f" (+- {100 * half:.1f}: 95 % t interval over {len(ratios)} repeats)"
+    shares = [100 * turn[name]["recording"] / turn[name]["seconds"] for turn in turns]
+    print(text + (f"; recording itself takes {statistics.median(shares):.2f} %" if any(shares) else ""))
 
 
 def prepare_home(size: str, home: Path) -> None:
@@ -223,10 +224,17 @@ def take_turns(name: str, size: str, home: Path, steps: int) -> None:
     contender = CONTENDERS[name]
     train = (PlainScript if contender.plain else ProjectPath)(contender, SIZES[size], model_of(size, home), home, steps)
     print(json.dumps({"ready": name}), flush=True)
-    for _ in sys.stdin:
-        with TemporaryDirectory() as scratch:
-            clock, losses = train.run(Path(scratch))
-        print(json.dumps(clock.told() | {"losses": losses}), flush=True)
+    beside = "all" if name in COMPARED else None  # in the same process, for what differs between processes
+    for turn, _ in enumerate(sys.stdin):
+        told: dict[str, Any] = {}
+        for one in [name, beside] if turn % 2 else [beside, name]:
+            if one is None:
+                continue
+            train.contender = CONTENDERS[one]
+            with TemporaryDirectory() as scratch:
+                clock, losses = train.run(Path(scratch))
+            told |= clock.told() | {"losses": losses} if one == name else {"beside": clock.told()["steps"]}
+        print(json.dumps(told), flush=True)
 
 
 def model_of(size: str, home: Path) -> str:
