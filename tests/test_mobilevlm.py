@@ -14,6 +14,7 @@ from hydra_vlm.models.mobilevlm import (
     MobileVLMConfig,
     MobileVLMForConditionalGeneration,
     MobileVLMModel,
+    towers,
 )
 
 torch.set_num_threads(1)
@@ -58,6 +59,20 @@ def tiny_model(**overrides: Any) -> MobileVLMForConditionalGeneration:
 @pytest.fixture(scope="module")
 def model() -> MobileVLMForConditionalGeneration:
     return tiny_model()
+
+
+def test_a_frozen_tower_sees_few_images_at_once_on_a_cpu(
+    model: MobileVLMForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    hook = model.model.vision_tower.embeddings.register_forward_hook(lambda _, __, output: sizes.append(len(output)))
+    pixels = torch.randn(5, 3, 32, 32)
+    monkeypatch.setattr(towers, "PIXELS_AT_ONCE", 10**9)
+    whole = model.encode_images(pixels)
+    monkeypatch.setattr(towers, "PIXELS_AT_ONCE", 2 * 32 * 32 // torch.get_num_threads() + 1)
+    torch.testing.assert_close(model.encode_images(pixels), whole)
+    hook.remove()
+    assert sizes == [5, 2, 2, 1]
 
 
 def rows(*prompts: list[int], images: int = 4, side: str = "left") -> dict[str, Tensor]:

@@ -227,6 +227,15 @@ def test_a_plan_reads_the_data_and_names_every_phase(saved: Path, toy_data: Path
     assert "does not fit" in text
 
 
+def test_a_row_that_does_not_read_is_planned_unpacked(saved: Path, toy_data: Path) -> None:
+    config = toy_config(saved, toy_data)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tests": {}})})  # these are checked
+    assert "rows are packed" in plan_config(config, 4.0)[0]
+    for picture in toy_data.rglob("*.png"):
+        picture.write_bytes(b"no picture")
+    assert "rows are packed" not in plan_config(config, 4.0)[0]
+
+
 def test_a_device_that_is_not_here_is_planned_by_its_memory(saved: Path, toy_data: Path) -> None:
     config = toy_config(saved, toy_data).model_copy(update={"device": "cuda"})
     if not torch.cuda.is_available():

@@ -94,9 +94,9 @@ def load_model(
 
     Any vision-language model that transformers knows, or a text decoder, whose processor is its tokenizer. `dtype` of
     the weights is float32 or bfloat16; auto: bfloat16 on a CUDA device that computes in it, else float32.
-    `attention` is transformers' name of an implementation; auto: eager on a CPU (sdpa in a tower
-    that is not adapted), else sdpa. `decoder_pattern` and
-    `adapt` are for `find_parts`. `quantization` nf4 stores the decoder's linears in four bits.
+    `attention` is transformers' name of an implementation; auto: eager on a CPU (sdpa in a tower that is not adapted),
+    else sdpa. `decoder_pattern` and `adapt` are for `find_parts`. `quantization` nf4 stores the decoder's linears in
+    four bits.
 
     Raises:
         ConfigError: a model of a kind that cannot be loaded, a decoder that is not found, attention that is missing.

@@ -19,6 +19,7 @@ from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.record_file import scan
 from hydra_vlm.data.records import Record, sample, sample_numbers
 from hydra_vlm.data.templates import IGNORED
+from hydra_vlm.errors import DataError
 from hydra_vlm.planning.shapes import Batch
 
 SAMPLE = 512
@@ -148,9 +149,14 @@ def _rows(reader: Reader, records: Sequence[Record]) -> Rows:
 
 
 def _with_ends(rows: Rows, reader: Reader, records: Sequence[Record], image_token: int | None) -> Rows:
-    """With what rows have in common, and have behind their last answer, from some that are read as a batch."""
-    chosen = sample(records, BATCH)
-    batch = reader.batch([reader.item(record) for record in chosen])
+    """With what rows have in common, and have behind their last answer, from some that are read as a batch.
+
+    Where one of these does not read, which is for preflight to say, nothing is taken to be left out.
+    """
+    try:
+        batch = reader.batch([reader.item(record) for record in sample(records, BATCH)])
+    except DataError:
+        return rows
     supervised = supervised_positions(batch["labels"])
     own = batch["attention_mask"].sum(dim=1) - needed_positions(supervised)
     return replace(

@@ -85,6 +85,7 @@ def tower_kind(config: PreTrainedConfig) -> VisionTower:
 
 
 PIXELS_AT_ONCE = 2**15
+"""Of the images that a core takes through a tower at once: 8 of 64 x 64 pixels, 1 of 224 x 224 (`docs/log.md`)."""
 
 
 def images_at_once(pixel_values: Tensor) -> int:
