@@ -10,9 +10,10 @@ from torch import Tensor
 
 from families import FAMILIES
 from hydra_vlm.config import TrainingConfig
+from hydra_vlm.data.batches import WORTH_PACKING
 from hydra_vlm.models.structure import image_token
 from hydra_vlm.planning.reading import PACKED
-from hydra_vlm.training.packed import EVEN, WORTH, Packing, Pick, Spread
+from hydra_vlm.training.packed import EVEN, Packing, Pick, Spread
 from hydra_vlm.training.recipe import adapting
 from hydra_vlm.training.speed import sped_up
 from test_speed import PLAIN, Opened, load_model_again, opened, require_equal, uniform
@@ -49,7 +50,7 @@ def test_every_supervised_position_sees_what_it_saw(drawn: tuple[dict[str, Tenso
     if packing is None:
         return
     rows, length = ids.shape
-    assert len(packing.picked) <= WORTH * rows * length
+    assert len(packing.picked) <= WORTH_PACKING * rows * length
     assert packing.picked.tolist() == sorted(set(packing.picked.tolist()))
     assert set(supervised.flatten().nonzero().squeeze(1).tolist()) <= set(packing.picked.tolist())
     assert image is not None or packing.common == 0
@@ -142,7 +143,7 @@ def test_families_are_packed_as_plans_take_them(each: Opened) -> None:
     whole = batch["input_ids"].numel()
     found = rows_through_the_decoder(each, batch)
     assert rows_through_the_decoder(each, batch, packed_rows=False) == whole
-    assert (found < WORTH * whole) == (each.model.config.model_type in PACKED)
+    assert (found < WORTH_PACKING * whole) == (each.model.config.model_type in PACKED)
     if found < whole:
         supervised = batch["labels"][:, 1:] != -100
         mark = image_token(each.model.config, each.loaded.parts)

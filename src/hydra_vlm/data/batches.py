@@ -7,6 +7,9 @@ from torch import Tensor
 
 from hydra_vlm.data.templates import IGNORED
 
+WORTH_PACKING = 0.97
+"""Above this share of positions that stay, moving them costs what the others would (`training.packed`, plans)."""
+
 
 def stack(rows: Sequence[Mapping[str, Tensor]], pad: int | None, side: str) -> dict[str, Tensor]:
     """Rows of one conversation each as a batch; `attention_mask` is added where a row has none.

@@ -13,7 +13,12 @@ import numpy as np
 from hydra_vlm.benchmarks.protocol import Example
 from hydra_vlm.benchmarks.suite import tasks_of
 from hydra_vlm.config import Config
-from hydra_vlm.data.batches import common_beginning, needed_positions, supervised_positions
+from hydra_vlm.data.batches import (
+    WORTH_PACKING,
+    common_beginning,
+    needed_positions,
+    supervised_positions,
+)
 from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.record_file import scan
@@ -27,9 +32,6 @@ SAMPLE = 512
 
 BATCH = 16
 """Rows that are made a batch of, images included, to see what they have in common."""
-
-WORTH = 0.97
-"""Above this share of positions that stay, training packs nothing (`training.packed`)."""
 
 DRAWS = 64
 """Batches drawn from the sample, whose mean longest row is what a step pads to."""
@@ -69,7 +71,7 @@ class Rows:
         """The same batch of rows that are `own` long, with what training leaves out left out."""
         whole = self.batch(rows, length - self.tail)
         computed = self.common + round(rows * (own - self.tail - self.common))
-        spares = rows > 1 and computed <= WORTH * rows * length
+        spares = rows > 1 and computed <= WORTH_PACKING * rows * length
         return replace(whole, packed=computed) if spares else self.batch(rows, length)
 
 

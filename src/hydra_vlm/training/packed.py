@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hydra_vlm.data.batches import common_beginning, needed_positions
+from hydra_vlm.data.batches import WORTH_PACKING, common_beginning, needed_positions
 from hydra_vlm.data.templates import IGNORED
 from hydra_vlm.models.structure import ModelParts, image_token
 from hydra_vlm.training.attention import EAGER, NAME
@@ -38,9 +38,6 @@ from hydra_vlm.training.supervised import SupervisedPositions
 
 SPREADABLE = (EAGER, NAME, "sdpa")
 """Attention that reads [B, H, L, D]; flash attention leaves padding out by itself."""
-
-WORTH = 0.97
-"""Above this share of positions that stay, moving them costs what the others would."""
 
 EVEN = 1.05
 """Rows are all packed up to the longest one's need where that is no more than so many times their own lengths."""
@@ -101,7 +98,7 @@ class Packing:
         ragged = common + int((needs - common).clamp(min=0).sum())
         even = common + rows * (needed - common)
         is_even = even <= EVEN * ragged
-        if (even if is_even else ragged) > WORTH * ids.numel():
+        if (even if is_even else ragged) > WORTH_PACKING * ids.numel():
             return None
         inside = place < (needed if is_even else needs[:, None])
         inside = inside.expand(rows, length).clone()
