@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "config": ("errors",),
     "models": ("errors", "files", "graph"),
     "performance_model": ("errors", "graph", "profile", "schedule"),
+    "resizing": (),
     "verification": ("errors",),
     "lora": ("errors", "files", "graph", "schedule", "models", "verification"),
     "export": ("data", "errors", "files", "graph", "lora", "models", "schedule", "verification"),
