@@ -97,7 +97,11 @@ class TrainingConfig(_Section):
     epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(4e-3, gt=0)
     full_learning_rate: float = Field(1e-3, gt=0, description="of the baseline that trains the whole decoder")
+    b_ratio: float = Field(1.0, gt=0, description="learning rate of LoRA's B over that of A (LoRA+); 1: one rate")
     projector_learning_rate: float | None = Field(None, gt=0, description="default: the learning rate")
+    tower_learning_rate: float | None = Field(
+        None, gt=0, description="of LoRA's A in the vision tower, where it is adapted (default: the learning rate)"
+    )
     batch_size: int = Field(32, gt=0, description="global batch: per-device batch x accumulation x devices")
     device_batch_size: int | None = Field(None, gt=0, description="what fits on one device (default: the global batch)")
     group_by_length: bool = Field(False, description="batches of records of about the same length: less padding")

@@ -31,6 +31,7 @@ from hydra_vlm.training.guarded import Estimate, train_guarded
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.rates import Rates
 from hydra_vlm.training.sharding import Unreached, bring_back, to_take_apart, training_device
 from hydra_vlm.training.speed import engine, sped_up
 from hydra_vlm.training.trackers import report_arguments, tracked
@@ -155,7 +156,7 @@ def finetune(
             model=opened,
             parts=loaded.parts,
             positions=positions,
-            projector_learning_rate=settings.projector_learning_rate,
+            rates=Rates.of(settings),
             lengths=data.train.lengths if settings.group_by_length else None,
             finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.told),
             args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),

@@ -1,6 +1,6 @@
 """transformers' Trainer with what HyDRA's recipes need and it lacks, no more.
 
-* a learning rate of its own for the projector,
+* learning rates by part (`training.rates`),
 * batches by length whose order follows from the seed and the epoch alone (the Trainer's draws on the global generator,
   which schedules use up differently),
 * checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone), or the projector alone in
@@ -29,6 +29,7 @@ from hydra_vlm.training.even_batches import EvenBatches
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import NUMBERS
+from hydra_vlm.training.rates import Rates, parameter_groups
 from hydra_vlm.training.sharding import (
     OPTIMIZER,
     load_whole_optimizer_state,
@@ -52,7 +53,7 @@ class VLMTrainer(Trainer):
         self,
         *args: Any,
         parts: ModelParts,
-        projector_learning_rate: float | None = None,
+        rates: Rates,
         lengths: Sequence[int] | np.ndarray | None = None,
         positions: SupervisedPositions | None = None,
         finite: FiniteSteps | None = None,
@@ -64,7 +65,7 @@ class VLMTrainer(Trainer):
         if finite is not None:
             self.add_callback(finite)  # after those that read gradients
         self.parts = parts
-        self.projector_learning_rate = projector_learning_rate
+        self.rates = rates
         self.lengths = lengths
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -74,15 +75,13 @@ class VLMTrainer(Trainer):
         return ByLength(self.lengths, batch * self.args.world_size, self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The arguments' optimizer over two groups, each with its learning rate: projector, everything else."""
+        """The arguments' optimizer over a group for each part that has a learning rate of its own."""
         if self.optimizer is None:  # type: ignore[has-type]
             model = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            inside, outside = split_projector(model, self.parts)
-            rate = self.projector_learning_rate or self.args.learning_rate
             decay = {"weight_decay": self.args.weight_decay}
-            groups = [{"params": outside, **decay}, {"params": inside, "lr": rate, **decay}]
-            self.optimizer = optimizer_class([g for g in groups if g["params"]], **options)
+            groups = [{**group, **decay} for group in parameter_groups(model, self.parts, self.rates)]
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
