@@ -1,4 +1,8 @@
-"""What tests share: one thread, no network, a tiny MobileVLM and a small instruction set on disk."""
+"""What tests share: one thread, no network, a tiny MobileVLM and a small instruction set on disk.
+
+Three variables let the tests run as on another machine: OMP_NUM_THREADS; ATEN_CPU_CAPABILITY (default, avx2, avx512),
+which torch reads when it starts; HYDRA_TEST_WEIGHTS, where loaded weights lie (see `WEIGHTS`).
+"""
 
 import os
 
@@ -7,8 +11,47 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose time to a seco
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+WEIGHTS = {"mapped": None, "copied": 0, "shifted": 8}
+"""By HYDRA_TEST_WEIGHTS: mapped from their file as transformers does it, or so many bytes behind a multiple of 64."""
+
+
+def pytest_report_header() -> str:
+    own = {name: os.environ.get(name, "unset") for name in ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY")}
+    return f"computing: {own['OMP_NUM_THREADS']} threads, capability {own['ATEN_CPU_CAPABILITY']}, weights {_weights()}"
+
+
+def _weights() -> str:
+    chosen = os.environ.get("HYDRA_TEST_WEIGHTS", "mapped")
+    if chosen not in WEIGHTS:
+        raise pytest.UsageError(f"HYDRA_TEST_WEIGHTS={chosen!r}: use one of {', '.join(WEIGHTS)}")
+    return chosen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _place_of_weights() -> Iterator[None]:
+    """Have loaded models keep their weights where HYDRA_TEST_WEIGHTS says."""
+    behind = WEIGHTS[_weights()]
+    if behind is None:
+        yield
+        return
+    from transformers import PreTrainedModel
+
+    from weights_in_memory import move
+
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def loading(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        move(loaded[0] if isinstance(loaded, tuple) else loaded, behind)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(loading))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

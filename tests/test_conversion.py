@@ -36,8 +36,6 @@ from hydra_vlm.models.mobilevlm.conversion import to_hydra, to_original
 from hydra_vlm.models.mobilevlm.original_layout import our_config, their_config
 from hydra_vlm.models.weights import read_weights, weight_files
 
-torch.set_num_threads(1)
-
 RECORDED = Path(__file__).parent / "recorded"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 OUR_QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"

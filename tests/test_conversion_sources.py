@@ -27,8 +27,6 @@ from authors import (
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.mobilevlm.conversion import to_hydra, to_original
 
-torch.set_num_threads(1)
-
 
 def clip_folder(folder: Path, whole: bool) -> dict[str, Tensor]:
     """A CLIP model in hub format, or its vision half; returns its tower weights under the authors' names."""

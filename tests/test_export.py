@@ -42,8 +42,6 @@ from hydra_vlm.models.structure import find_parts
 from hydra_vlm.schedule import RankSchedule, Scaling
 from tiny import byte_tokenizer
 
-torch.set_num_threads(1)
-
 # PEFT asks transformers for an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 

@@ -26,8 +26,6 @@ from hydra_vlm.models.mobilevlm import MobileVLMForConditionalGeneration, pad_to
 from hydra_vlm.models.mobilevlm.conversion import to_hydra, to_original
 from plain_mobilevlm import IMAGE, forward, project
 
-torch.set_num_threads(1)
-
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 recorded = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded reference outputs beside the project")
 VERSIONS = pytest.mark.parametrize("version", ["v1", "v2"])

@@ -33,8 +33,6 @@ from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalG
 from hydra_vlm.models.structure import find_parts
 from hydra_vlm.schedule import RankSchedule, Scaling
 
-torch.set_num_threads(1)
-
 # PEFT asks transformers for an attribute that transformers has renamed; hydra_vlm.lora lets only that kind pass.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 

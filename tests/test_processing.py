@@ -13,8 +13,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMProcessor, pad_to_square
 
-torch.set_num_threads(1)
-
 MEAN_COLOUR = (122, 116, 104)
 WORDS = ["<unk>", "<s>", "</s>", "what", "colour", "is", "it", "?", "red", "user", ":"]
 

@@ -7,8 +7,6 @@ from torch import Tensor
 from hydra_vlm.models.mobilevlm.projector import LDPNet, LDPNetV2, build_projector
 from plain_mobilevlm import ldp, ldpv2
 
-torch.set_num_threads(1)
-
 COUNTS = [
     ("ldpnet", 2048, 18_936_832),
     ("ldpnet", 2560, 28_913_920),

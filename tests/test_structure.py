@@ -26,8 +26,6 @@ from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from hydra_vlm.models.structure import find_parts
 
-torch.set_num_threads(1)
-
 TOWER = CLIPVisionConfig(
     hidden_size=16, intermediate_size=32, num_hidden_layers=14, num_attention_heads=2, image_size=16, patch_size=4
 )

@@ -77,12 +77,16 @@ def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: Traini
 def adapting(loaded: LoadedModel, schedule: RankSchedule, settings: TrainingConfig, seed: int) -> Iterator[PeftModel]:
     """The model with the schedule's adapter, open for training, while the block lasts.
 
-    Then it is what it was, to the bit: without the adapter, its own projector in place, frozen, in evaluation mode.
+    Then it is what it was, to the bit: without the adapter, its own projector in place, frozen, in evaluation mode. A
+    copy of the projector is trained, so that the first trial, later ones and a resumed one compute on memory that
+    is laid out alike: the model's own may be mapped from a file, and there sums are taken in another order.
     """
     model, parts = loaded.model, loaded.parts
-    projector = copy.deepcopy(model.get_submodule(parts.projector)) if parts.projector is not None else None
+    projector = model.get_submodule(parts.projector) if parts.projector is not None else None
     opened: PeftModel | None = None
     try:
+        if projector is not None and parts.projector is not None:
+            model.set_submodule(parts.projector, copy.deepcopy(projector))
         opened = cast(PeftModel, prepare(loaded, schedule, settings, seed))
         yield opened
     finally:
