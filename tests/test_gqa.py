@@ -284,7 +284,7 @@ def test_ground_truth_that_is_cut_off(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not valid JSON"):
         GQA().load(tmp_path, tmp_path)
     (tmp_path / TRUTH).write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match="not UTF-8 text but UTF-16"):
         GQA().load(tmp_path, tmp_path)
 
 

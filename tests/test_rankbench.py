@@ -121,7 +121,7 @@ def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:
     NOISY.save(tmp_path)
     assert load(tmp_path) == NOISY
     (tmp_path / "runs.jsonl").unlink()
-    with pytest.raises(DataError, match=r"runs\.jsonl is missing"):
+    with pytest.raises(DataError, match=r"runs\.jsonl does not exist"):
         load(tmp_path)
     (tmp_path / "runs.jsonl").write_text('{"id": "z000"}\n')
     with pytest.raises(DataError, match="not a run"):

@@ -154,7 +154,7 @@ def test_folders_that_do_not_read(tmp_path: Path) -> None:
     fake_run(tmp_path, names=("uniform",), seeds=(0,))
     verdicts = tmp_path / "trials" / "uniform-seed0" / "verdicts" / "easy-vqa.jsonl"
     verdicts.write_text(verdicts.read_text() + '{"id": "cut o')
-    with pytest.raises(RunFolderError, match=r"easy-vqa\.jsonl does not read"):
+    with pytest.raises(RunFolderError, match=r"easy-vqa\.jsonl, line 401 is not valid JSON.*Score the predictions"):
         load_run(tmp_path)
     (tmp_path / "trials" / "uniform-seed0" / "record.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"record\.json does not read"):

@@ -8,12 +8,15 @@ An unknown key is an error that names the nearest known one.
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.errors import ConfigError, FileError
+from hydra_vlm.reading import read_yaml
+from hydra_vlm.strict import parse_yaml
 
 
 class _Section(BaseModel):
@@ -262,11 +265,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if path is not None:
         place, path = str(path), _file_or_recipe(Path(path))
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {path} does not exist") from None
-        except yaml.YAMLError as problem:
-            raise ConfigError(f"{path} is not valid YAML: {problem}") from None
+            values = read_yaml(path) or {}
+        except FileError as problem:
+            raise ConfigError(f"configuration file {problem}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold keys and values, found {type(values).__name__}")
     for override in overrides:
@@ -326,9 +327,9 @@ def _assign(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        target[leaf] = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as problem:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML ({problem})") from None
+        target[leaf] = parse_yaml(text, f"override {shorten(override, 200)!r}") if text else None
+    except FileError as problem:
+        raise ConfigError(str(problem)) from None
 
 
 def _explain(problem: ValidationError, place: str) -> str:

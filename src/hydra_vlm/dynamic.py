@@ -16,10 +16,11 @@ import optuna
 
 from hydra_vlm.config import Config, load_config
 from hydra_vlm.errors import ConfigError, StageError
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.files import write_json
 from hydra_vlm.findings import Best, best_of
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.search.liveness import Watch, claimed, waiting_for
 from hydra_vlm.search.objective import Objective

@@ -7,6 +7,8 @@ HydraError
 ├─ GraphMismatchError  a profile, schedule or adapter of another model
 ├─ AdapterError        PEFT built something else than was asked
 ├─ CheckpointError     weights that are not what their configuration says
+├─ FileError           a file that is no regular file, is too large or does not read (a ValueError, too)
+│  └─ MissingFileError one that is not there (a FileNotFoundError, too)
 ├─ DataError           an instruction record, an image, a data folder
 ├─ RunFolderError      an output folder that holds something else, or a damaged file in it
 ├─ TrainingError       a loss or gradient that is no number
@@ -58,6 +60,14 @@ class AdapterError(HydraError):
 
 class CheckpointError(HydraError):
     """Stored weights are missing, unknown, of another shape than their configuration says, or unreadable."""
+
+
+class FileError(HydraError, ValueError):
+    """A file is no regular file, too large for its kind, or does not read; the message begins with its path."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """There is no such file."""
 
 
 class DataError(HydraError):

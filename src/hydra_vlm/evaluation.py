@@ -26,10 +26,11 @@ from hydra_vlm.data.readers import Reader, SplicingReader, open_reader
 from hydra_vlm.data.templates import AUTO, require_template
 from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.faults import disk_full_told, out_of_memory_told
-from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.files import write_json, write_lines
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.structure import TOWER
+from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import environment
 
 BASE = "base"

@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra_vlm.errors import HydraError, RunFolderError
+from hydra_vlm.errors import FileError, HydraError, RunFolderError
 from hydra_vlm.faults import disk_full_told
+from hydra_vlm.reading import read_json
 
 Value = TypeVar("Value")
 
@@ -45,10 +46,6 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_value(path: Path, from_json: Callable[[Any], Value], remedy: str) -> Value:
     """One of this package's values from its JSON file.
 
@@ -57,6 +54,8 @@ def read_value(path: Path, from_json: Callable[[Any], Value], remedy: str) -> Va
     """
     try:
         return from_json(read_json(path))
+    except FileError as problem:
+        raise RunFolderError(f"{problem}: {remedy}") from None
     except HydraError as problem:
         raise RunFolderError(f"{path} does not hold what it should ({problem}): {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydra_vlm.config import Config
 from hydra_vlm.errors import RunFolderError
-from hydra_vlm.files import read_json, whole_folder, write_json, write_text
+from hydra_vlm.files import whole_folder, write_json, write_text
+from hydra_vlm.reading import read_json, read_text
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.report.comparison import Comparison, Measure, compare
 from hydra_vlm.report.run import load_run
@@ -192,7 +193,7 @@ def _findings(config: Config, run: Path, study: optuna.Study, best: Best, finals
     comparison = None
     if finals:
         # A folder of its own, which the trials that chose the schedule do not enter: they were chosen by their luck.
-        write_text(run / "final" / "config.yaml", (run / "config.yaml").read_text(encoding="utf-8"))
+        write_text(run / "final" / "config.yaml", read_text(run / "config.yaml"))
         write_json(run / "final" / "environment.json", read_json(run / "environment.json"))
         kept = {record.key for records in finals.values() for record in records.values()}
         data = load_run(run / "final")

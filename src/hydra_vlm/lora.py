@@ -21,10 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hydra_vlm.errors import AdapterError, ConfigError, GraphMismatchError, RunFolderError
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.errors import AdapterError, ConfigError, FileError, GraphMismatchError, RunFolderError
+from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.reading import read_json
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.verification import ADAPTER, lora_layers, require_modules, restoring, strictly
 
@@ -182,7 +183,9 @@ def read_schedule(path: str | Path) -> RankSchedule:
     """The schedule in a JSON file; raises ConfigError that names the file when it is not one."""
     try:
         return RankSchedule.from_json(read_json(Path(path)))
-    except (OSError, ValueError, ConfigError) as error:
+    except FileError as error:
+        raise ConfigError(f"schedule {error}") from None
+    except (ValueError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hydra_vlm.config import Config, flatten
-from hydra_vlm.errors import RunFolderError
+from hydra_vlm.errors import FileError, RunFolderError
 from hydra_vlm.files import write_json, write_text
+from hydra_vlm.reading import read_yaml
 
 _PACKAGES = (
     "hydra-vlm",
@@ -96,8 +95,8 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
 
 def _stored_config(stored: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        values = read_yaml(stored)
+    except FileError:
         values = None
     if isinstance(values, dict) and values:
         return values

@@ -3,12 +3,11 @@
 import difflib
 from pathlib import Path
 
-import yaml
-
 from hydra_vlm.config import Config, flatten
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.files import write_text
 from hydra_vlm.performance_model.protocol import PERFORMANCE_MODELS
+from hydra_vlm.reading import read_yaml
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.samplers import SAMPLERS
 from hydra_vlm.search.study import check_storage, masked, study_exists
@@ -35,7 +34,7 @@ def go_on(config: Config, out: Path) -> None:
     """Let a search that is in the folder go on with more trials or another storage, which alone may change."""
     stored = out / "config.yaml"
     if stored.is_file() and study_exists(out):
-        before = flatten(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
+        before = flatten(read_yaml(stored) or {})
         now = flatten(config.model_dump(mode="json"))
         changed = [key for key in before | now if before.get(key) != now.get(key)]
         if changed and set(changed) <= set(FREE):

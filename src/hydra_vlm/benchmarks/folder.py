@@ -1,12 +1,12 @@
 """Reading a benchmark's folder, with errors that say what is missing and where to get it. No torch."""
 
-import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.errors import DataError
+from hydra_vlm.errors import DataError, FileError
+from hydra_vlm.reading import TABLE, read_json, read_json_lines
 
 _SHOWN = 10  # how many missing images one error lists
 
@@ -50,9 +50,9 @@ def read_object(path: Path) -> Any:
         DataError: the file is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no part of the JSON
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise DataError(f"{path} is not valid JSON ({problem}): it may be cut off, get it again") from None
+        return read_json(path, TABLE)
+    except FileError as problem:
+        raise DataError(f"{problem}: it may be cut off, get it again") from None
 
 
 def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -61,22 +61,15 @@ def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     Raises:
         DataError: naming file and line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{path} is not UTF-8 text ({problem}): get it again") from None
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut texts at U+2028 and the like
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise DataError(f"{path}, line {number} is not valid JSON ({problem}): the file may be cut off") from None
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise DataError(f"{path}, line {number} lacks the key {missing[0]!r}")
-        rows.append(row)
+    try:
+        for number, row in read_json_lines(path):
+            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+            if missing:
+                raise DataError(f"{path}, line {number} lacks the key {missing[0]!r}")
+            rows.append(row)
+    except FileError as problem:
+        raise DataError(f"{problem}: the file may be cut off, get it again") from None
     return rows
 
 

@@ -18,8 +18,9 @@ from hydra_vlm.benchmarks.folder import first_of, reference_answer, surplus_entr
 from hydra_vlm.benchmarks.protocol import Example, Prediction, Rule, Total, Verdict
 from hydra_vlm.benchmarks.scoring import group_means, percent
 from hydra_vlm.data.prompts import OPTION_LETTER, lettered
-from hydra_vlm.errors import DataError
+from hydra_vlm.errors import DataError, FileError
 from hydra_vlm.files import write_lines
+from hydra_vlm.reading import TABLE, read_text
 
 TABLES = ("mmbench_dev_en_20231003.tsv", "mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "MMBench_DEV_EN_V11.tsv")
 REQUIRED = ("index", "question", "A", "B", "answer", "image")
@@ -223,17 +224,19 @@ def read_table(path: Path) -> list[Row]:
         DataError: a row has more or fewer cells than the header, or the file is not text.
     """
     before = csv.field_size_limit()
-    csv.field_size_limit(max(before, path.stat().st_size))  # one cell holds a whole image
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(_rows(path, file))
-    except (csv.Error, UnicodeDecodeError) as problem:
+        text = read_text(path, TABLE)
+        csv.field_size_limit(max(before, len(text)))  # one cell holds a whole image
+        return list(_rows(path, io.StringIO(text, newline="")))
+    except FileError as problem:
+        raise DataError(f"{problem}: get it again") from None
+    except csv.Error as problem:
         raise DataError(f"{path} does not read as a tab-separated table ({problem}): get it again") from None
     finally:
         csv.field_size_limit(before)
 
 
-def _rows(path: Path, file: io.TextIOBase) -> Iterator[Row]:
+def _rows(path: Path, file: io.StringIO) -> Iterator[Row]:
     reader = csv.reader(file, delimiter="\t")
     header = next(reader, [])
     for cells in filter(None, reader):

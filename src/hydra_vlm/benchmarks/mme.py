@@ -16,8 +16,9 @@ from hydra_vlm.benchmarks.folder import (
 from hydra_vlm.benchmarks.protocol import Example, Prediction, Rule, Total, Verdict
 from hydra_vlm.benchmarks.scoring import percent
 from hydra_vlm.data.prompts import SHORT_ANSWER
-from hydra_vlm.errors import DataError
+from hydra_vlm.errors import DataError, FileError
 from hydra_vlm.files import write_lines, write_text
+from hydra_vlm.reading import read_text
 
 PERCEPTION = (
     "existence",
@@ -232,9 +233,9 @@ def _read_release(release: Path, source: str) -> list[_Line]:
 def _read_pair(path: Path, category: str, image: Path) -> list[_Line]:
     """The two questions about one image."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{path} is not UTF-8 text ({problem}): get it again") from None
+        text = read_text(path)
+    except FileError as problem:
+        raise DataError(f"{problem}: get it again") from None
     lines = []
     for number, line in enumerate(text.split("\n")):
         if not line.strip():

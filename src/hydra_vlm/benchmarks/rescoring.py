@@ -1,13 +1,14 @@
 """Scores from saved predictions, without a model: in an evaluation folder or a run folder. No torch."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra_vlm.benchmarks.protocol import Example, Prediction, Rule, Score
 from hydra_vlm.benchmarks.suite import SIX, Task, open_benchmark, score_task
 from hydra_vlm.errors import RunFolderError
-from hydra_vlm.files import read_json, write_json, write_lines
+from hydra_vlm.files import write_json, write_lines
+from hydra_vlm.reading import TABLE, read_json, read_json_lines, read_text
+from hydra_vlm.strict import parse_json
 
 
 def write_examples(run: Path, tasks: Iterable[Task]) -> None:
@@ -24,11 +25,11 @@ def read_predictions(path: Path, task: Task) -> list[Prediction]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path, TABLE).splitlines(keepends=True)
     found: dict[str, Prediction] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            prediction = Prediction.from_json(json.loads(line))
+            prediction = Prediction.from_json(parse_json(line, "it"))
         except (ValueError, TypeError) as problem:
             if number == len(lines):
                 break
@@ -88,7 +89,7 @@ def _as_before(folder: Path, tasks: Sequence[Task]) -> list[Task]:
 
 def _read_examples(path: Path) -> tuple[Example, ...]:
     try:
-        return tuple(Example.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+        return tuple(Example.from_json(value) for _, value in read_json_lines(path))
     except (ValueError, TypeError, KeyError) as problem:
         raise RunFolderError(f"{path} does not read ({problem}): it is not as it was written") from None
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import read_json
 from hydra_vlm.graph import PRESETS, ComputationGraph, preset
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
+from hydra_vlm.reading import read_json
 from hydra_vlm.schedule import RankSchedule, parse_stages
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from hydra_vlm.data.json_rows import cannot_open
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.errors import FileError
+from hydra_vlm.files import write_json
+from hydra_vlm.reading import open_file, read_json
 
 SMALL = 2**20
 """Bytes up to which a file's digest is taken anew: two writes within one tick of the clock look alike."""
@@ -39,14 +41,14 @@ def file_digest(path: Path, cache: Path) -> str:
         DataError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             seen = os.fstat(file.fileno())
             state = [seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino]
             note = cache / "digests" / f"{digest_of(str(path.resolve()))}.json"
             if seen.st_size > SMALL and (known := _known(note)) and known[0] == state:
                 return str(known[1])
             found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except (OSError, ValueError) as problem:
+    except (FileError, OSError) as problem:
         raise cannot_open(path, problem) from None
     if seen.st_size > SMALL:
         write_json(note, [state, found])

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hydra_vlm.reading import open_file
+
 Place = tuple[Path, int]
 """A block and a row of it."""
 
@@ -102,7 +104,8 @@ class StoredFeatures(Mapping[Key, Tensor]):
 
 def image_digest(path: str) -> str:
     """SHA-256 of an image file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(model: Any, processor: Any) -> str:

@@ -5,14 +5,15 @@ with the row (`fault`); what makes the rest of a file unreadable, such as a brac
 """
 
 import codecs
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from hydra_vlm.errors import DataError
+from hydra_vlm.errors import DataError, FileError
+from hydra_vlm.reading import open_file
+from hydra_vlm.strict import StrictJson, syntax_fault
 
 CHUNK = 2**20
 """Bytes that are read at a time."""
@@ -20,18 +21,15 @@ CHUNK = 2**20
 LONGEST = 2**24
 """Characters of the longest row that is read (16 Mi); more are a mistake, or meant to fill memory."""
 
-DEEPEST = 64
-"""Brackets within brackets; a record needs three."""
-
 _BLANK = re.compile(r"[ \t\r\n]*")
 _WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 _WIDE |= {codecs.BOM_UTF16_BE: "UTF-16"}
 
 
-def cannot_open(path: Path, problem: Exception) -> DataError:
+def cannot_open(path: Path, problem: FileError | OSError) -> DataError:
     """The error for a data file that is not there, or not to be read."""
-    reason = getattr(problem, "strerror", None) or problem  # without the path, which is named already
-    return DataError(f"data file {path} does not exist or cannot be read ({reason}): give a LLaVA-format file")
+    told = problem if isinstance(problem, FileError) else f"{path} cannot be read ({problem.strerror or problem})"
+    return DataError(f"data file {told}: give a LLaVA-format file")
 
 
 class JsonRow(NamedTuple):
@@ -71,8 +69,8 @@ def rows_of(path: Path, start: Place = Place()) -> Iterator[JsonRow]:
         DataError: no such file, or it can be read no further; naming line and byte.
     """
     try:
-        file = path.open("rb")
-    except (OSError, ValueError) as problem:
+        file = open_file(path)
+    except FileError as problem:
         raise cannot_open(path, problem) from None
     with file:
         opening = file.read(4096)
@@ -98,66 +96,6 @@ def _byte_order_mark(path: Path, opening: bytes) -> int:
     return len(codecs.BOM_UTF8) if opening.startswith(codecs.BOM_UTF8) else 0
 
 
-class _Strict:
-    """A JSON decoder that notes what Python's reads without a word: repeated keys, NaN, numbers of any length."""
-
-    def __init__(self) -> None:
-        self.noted: list[str] = []
-        self.decoder = json.JSONDecoder(
-            object_pairs_hook=self._object,
-            parse_int=self._integer,
-            parse_float=self._float,
-            parse_constant=self._constant,
-        )
-
-    def read(self, text: str) -> tuple[Any, str]:
-        """The value of a row's whole text, and what is wrong with it."""
-        self.noted.clear()
-        try:
-            value = self.decoder.decode(text)
-        except (ValueError, RecursionError) as problem:
-            return None, _syntax(problem)
-        return value, self.fault(value, text)
-
-    def fault(self, value: Any, text: str) -> str:
-        """What is wrong with the value that was just decoded from `text`; "" for nothing."""
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as problem:
-                self.noted.append(f"is not UTF-8 ({_bytes(problem)})")
-        if ("\\ud" in text or "\\uD" in text) and not _encodable(value):
-            self.noted.append("holds half of a surrogate pair, which is no character")
-        if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
-            self.noted.append(f"is nested deeper than {DEEPEST} brackets")
-        found, self.noted = "; ".join(self.noted), []
-        return found
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            self.noted.append(f"has the key {twice[:40]!r} twice")
-        return found
-
-    def _integer(self, digits: str) -> int:
-        if len(digits) > 20:
-            self.noted.append(f"holds a number of {len(digits)} digits")
-            return 0
-        return int(digits)
-
-    def _float(self, digits: str) -> float:
-        value = float(digits)
-        if value - value != 0:
-            self.noted.append(f"holds the number {digits[:20]}, which is too large")
-        return value
-
-    def _constant(self, name: str) -> float:
-        self.noted.append(f"holds {name}, which JSON does not know")
-        return 0.0
-
-
 class _Window:
     """The part of a file that is in memory as text, and the place in it."""
 
@@ -166,7 +104,7 @@ class _Window:
         self.number, self.line, self.offset = start.number, start.line, start.offset
         self.text, self.position, self.ended = "", 0, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._strict = _Strict()
+        self._strict = StrictJson(finite=True)
 
     def fill(self) -> None:
         """Drop what was read, add the next chunk."""
@@ -200,12 +138,12 @@ class _Window:
             except (ValueError, RecursionError) as found:
                 problem = found
             if isinstance(problem, RecursionError) or self.ended or len(self.text) - self.position > LONGEST:
-                raise self.broken(f"row {self.number} {_syntax(problem)}", getattr(problem, "pos", None))
+                raise self.broken(f"row {self.number} {_fault(problem)}", getattr(problem, "pos", None))
             self.fill()
         text = self.text[self.position : end]
         line, offset = self.line, self.offset
         self._advance(end)
-        fault = self._strict.fault(value, text) if len(text) <= LONGEST else _syntax(None)
+        fault = self._strict.fault(value, text) if len(text) <= LONGEST else _fault(None)
         self.number += 1
         return JsonRow(self.number - 1, line, self.line, offset, self.offset - offset, value, fault)
 
@@ -246,7 +184,7 @@ def _items(window: _Window) -> Iterator[JsonRow]:
 
 def _lines(file: BinaryIO, start: Place) -> Iterator[JsonRow]:
     """One row a line; blank lines are no rows."""
-    strict = _Strict()
+    strict = StrictJson(finite=True)
     number, line, offset = start.number, start.line, file.tell()
     while raw := file.readline(LONGEST + 1):
         size = len(raw)
@@ -257,40 +195,12 @@ def _lines(file: BinaryIO, start: Place) -> Iterator[JsonRow]:
             whole = len(rest) < CHUNK or rest.endswith(b"\n")
         text = raw.decode("utf-8", "surrogateescape").strip(" \t\r\n")
         if text:
-            value, fault = strict.read(text) if size <= LONGEST else (None, _syntax(None))
+            value, fault = strict.read(text) if size <= LONGEST else (None, _fault(None))
             yield JsonRow(number, line, line + 1, offset, size, value, fault)
             number += 1
         offset += size
         line += 1
 
 
-def _syntax(problem: Exception | None) -> str:
-    if problem is None:
-        return f"is longer than {LONGEST:,} characters"
-    if isinstance(problem, RecursionError):
-        return f"is nested deeper than {DEEPEST} brackets"
-    return f"is not valid JSON ({getattr(problem, 'msg', problem)})"
-
-
-def _bytes(problem: UnicodeEncodeError) -> str:
-    code = ord(problem.object[problem.start])
-    return f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
-
-
-def _encodable(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        return False
-    return True
-
-
-def _depth(value: Any) -> int:
-    """Brackets within brackets, counted without recursion."""
-    deepest, waiting = 0, [(value, 1)]
-    while waiting:
-        item, depth = waiting.pop()
-        if isinstance(item, dict | list):
-            deepest = max(deepest, depth)
-            waiting += [(inner, depth + 1) for inner in (item.values() if isinstance(item, dict) else item)]
-    return deepest
+def _fault(problem: Exception | None) -> str:
+    return f"is longer than {LONGEST:,} characters" if problem is None else syntax_fault(problem)

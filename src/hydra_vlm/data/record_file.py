@@ -18,7 +18,8 @@ from hydra_vlm.data.cache import cache_folder, digest_of, file_digest, number_of
 from hydra_vlm.data.json_rows import Place, rows_of
 from hydra_vlm.data.records import Record, record_of
 from hydra_vlm.errors import DataError
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.files import write_json
+from hydra_vlm.reading import read_json
 
 BLOCK = 50_000
 """Rows that are stored together; a stopped pass reads at most so many again."""

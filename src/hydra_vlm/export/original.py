@@ -25,13 +25,14 @@ from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.plain_peft import check_peft_folder
 from hydra_vlm.export.source import Source
 from hydra_vlm.export.uniform import uniform_config, uniform_tensors
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.files import write_json
 from hydra_vlm.lora import CONFIG, PROJECTOR, WEIGHTS, WRAPPED
 from hydra_vlm.models.loading import resolve_model
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.original_layout import CLIP_LARGE_336, is_clip_large, their_config, their_name
 from hydra_vlm.models.mobilevlm.original_layout import PROJECTOR as PROJECTOR_PREFIX
 from hydra_vlm.models.mobilevlm.original_lora import TRAINED_WHOLE, read_lora
+from hydra_vlm.reading import read_json
 
 BIN_WEIGHTS = "adapter_model.bin"
 

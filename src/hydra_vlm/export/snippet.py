@@ -15,9 +15,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.source import Source
-from hydra_vlm.files import read_json, write_json, write_text
+from hydra_vlm.files import write_json, write_text
 from hydra_vlm.lora import lora_config
 from hydra_vlm.models.loading import model_class, resolve_model
+from hydra_vlm.reading import read_json
 from hydra_vlm.verification import require_modules, strictly
 
 LORA_CONFIG, AXOLOTL = "lora_config.json", "axolotl.yaml"

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hydra_vlm.errors import AdapterError, ConfigError
-from hydra_vlm.files import read_json
 from hydra_vlm.graph import DECODER
 from hydra_vlm.lora import CONFIG, SCHEDULE, WEIGHTS, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_device, resolve_model
 from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.reading import read_json
 from hydra_vlm.schedule import RankSchedule
 
 

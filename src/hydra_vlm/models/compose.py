@@ -6,7 +6,6 @@
 The modules of the parts are taken over as they are, so nothing is held twice in memory.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration, MobileVLMProcessor
 from hydra_vlm.models.mobilevlm.projector import PROJECTORS, build_projector
 from hydra_vlm.models.mobilevlm.towers import TOWERS, grid_side, tower_kind
+from hydra_vlm.reading import read_object
 
 _WITH_TOWER = ("clip", "siglip")  # whole image-text models; their `vision_model` is the tower
 _IMAGE_SETTINGS = ("image_mean", "image_std", "resample")
@@ -143,7 +143,7 @@ def _image_settings(folder: Path) -> dict[str, Any]:
     """Normalisation and resampling as the tower was trained with, where a processor is saved beside it."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            saved = json.loads((folder / name).read_text(encoding="utf-8"))
+            saved = read_object(folder / name)
             saved = saved.get("image_processor", saved)
             return {key: saved[key] for key in _IMAGE_SETTINGS if saved.get(key) is not None}
     return {}

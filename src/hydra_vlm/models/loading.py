@@ -16,13 +16,13 @@ from transformers import (
 
 import hydra_vlm.models.mobilevlm  # noqa: F401  (registers MobileVLM with the Auto classes)
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import read_json
 from hydra_vlm.graph import DECODER
 from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor
 from hydra_vlm.models.quantization import NONE, keep_trainable, quantized_loading, require_quantizable
 from hydra_vlm.models.structure import TOWER, ModelParts, find_parts
 from hydra_vlm.models.untrusted import refusing_code
+from hydra_vlm.reading import read_json
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

@@ -4,7 +4,6 @@ Many processors hold a video half that transformers builds with torchvision alon
 torchvision is not installed a stand-in takes the video half's place, which knows its settings and can do nothing.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from hydra_vlm.errors import ConfigError
+from hydra_vlm.reading import read_object
 
 
 class VideoSettings(VideoProcessorMixin):
@@ -68,6 +68,6 @@ def _video_settings(folder: Path) -> dict[str, Any]:
     """From the files in which older versions of transformers kept them."""
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            found: dict[str, Any] = read_object(folder / name)
             return found
     return {}

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hydra_vlm.errors import CheckpointError
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.files import write_json
+from hydra_vlm.reading import read_json
 
 _LARGEST_SHARD, _SMALLEST_SHARD = 10**9, 64 * 2**20  # bytes
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")

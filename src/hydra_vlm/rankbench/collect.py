@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hydra_vlm.allocation import Budget
 from hydra_vlm.errors import DataError
-from hydra_vlm.files import read_json
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.rankbench.entry import Entry
 from hydra_vlm.rankbench.table import RankBench, Row
+from hydra_vlm.reading import read_json, read_yaml
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
 
@@ -71,7 +69,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     """The configuration that all runs share, and the versions that they ran with, as far as the folder tells."""
     found: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(folder / "config.yaml")
         for name in SECTIONS:
             kept = {key: value for key, value in (config.get(name) or {}).items() if value not in (None, {}, [])}
             found[name] = kept

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hydra_vlm.allocation import Budget
-from hydra_vlm.errors import ConfigError, DataError
-from hydra_vlm.files import read_json, write_json, write_text
+from hydra_vlm.errors import ConfigError, DataError, FileError, MissingFileError
+from hydra_vlm.files import write_json, write_text
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.rankbench.entry import Entry
+from hydra_vlm.reading import read_json, read_json_lines
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
 
@@ -228,11 +229,13 @@ def load(folder: Path | None = None) -> RankBench:
             rows=tuple(Row.from_json(line) for line in lines["runs"]),
             meta=header["meta"],
         )
-    except FileNotFoundError as error:
-        raise DataError(f"no RankBench is in {folder}: {Path(error.filename).name} is missing.") from error
+    except MissingFileError as error:
+        raise DataError(f"no RankBench is in {folder}: {error}.") from None
+    except FileError as error:
+        raise DataError(f"RankBench in {folder} is damaged: {error}.") from None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"RankBench in {folder} is damaged: {type(error).__name__} {error}.") from error
 
 
 def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [value for _, value in read_json_lines(path)]

@@ -7,9 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from plotly.offline import get_plotlyjs
 
+from hydra_vlm.errors import FileError
 from hydra_vlm.files import write_text
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.report import figures
@@ -17,6 +17,7 @@ from hydra_vlm.report.comparison import Comparison, Row, compare
 from hydra_vlm.report.markup import SCRIPT, STYLE, WATCH, grid, missing, plot, table
 from hydra_vlm.report.run import RunData, load_run
 from hydra_vlm.schedule import RankSchedule, Stages, format_stages
+from hydra_vlm.strict import parse_yaml
 
 MAX_MAPS = 6
 """Rank maps shown; further schedules are in the table only."""
@@ -298,8 +299,8 @@ def _stages(run: RunData) -> Stages | None:
 
 def _config(run: RunData) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(run.config)
-    except yaml.YAMLError:  # the text is shown as it is; only the summary goes without
+        config = parse_yaml(run.config, "config.yaml")
+    except FileError:  # the text is shown as it is; only the summary goes without
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -1,13 +1,13 @@
 """Reading a run folder back into records; whatever is not there yet is left empty."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra_vlm.errors import HydraError, RunFolderError
+from hydra_vlm.errors import FileError, HydraError, RunFolderError
 from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.reading import PAGE, read_json, read_json_lines, read_text
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
 
@@ -48,7 +48,7 @@ def load_run(folder: Path) -> RunData:
         )
     return RunData(
         folder=folder,
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config=read_text(config, PAGE) if config.exists() else "",
         environment=_read(environment, dict) if environment.exists() else {},
         profile=_read(profile, GradientNormProfile.from_json) if profile.exists() else None,
         schedules=tuple(sorted(schedules, key=lambda s: place(s.name))),
@@ -60,7 +60,9 @@ def load_run(folder: Path) -> RunData:
 
 def _read(path: Path, parse: Callable[[Any], T]) -> T:
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse(read_json(path))
+    except FileError as error:
+        raise RunFolderError(f"{error}. Delete it and run the same command again.") from None
     except (ValueError, KeyError, TypeError, HydraError) as error:
         raise RunFolderError(
             f"{path} does not read: {type(error).__name__} {error}. Delete it and run the same command again."
@@ -73,8 +75,9 @@ def _read_verdicts(home: Path) -> dict[str, Credits]:
 
 def _read_credits(path: Path) -> Credits:
     try:
-        verdicts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        return {str(verdict["id"]): float(verdict["credit"]) for verdict in verdicts}
+        return {str(verdict["id"]): float(verdict["credit"]) for _, verdict in read_json_lines(path)}
+    except FileError as error:
+        raise RunFolderError(f"{error}. Score the predictions beside it again.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"{path} does not read: {type(error).__name__} {error}. Score the predictions beside it again."

@@ -5,7 +5,6 @@ optimizer, schedule and random states, but after a power cut the last file may b
 Nothing is unpickled to find out: the archives' own checksums are.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from hydra_vlm.errors import DiskFullError
 from hydra_vlm.faults import disk_full_told
+from hydra_vlm.reading import read_json
 
 LAST_WRITTEN = "trainer_state.json"
 ARCHIVES = (".pt", ".pth", ".bin")  # of torch.save: zip archives with checksums
@@ -50,7 +50,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where all of them are there and read to their ends."""
     try:
-        json.loads((checkpoint / LAST_WRITTEN).read_text(encoding="utf-8"))
+        read_json(checkpoint / LAST_WRITTEN)
     except (OSError, ValueError):
         return f"{LAST_WRITTEN} is missing or cut off"
     for names in NEEDED:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import read_json, require_free, whole_folder, write_json
+from hydra_vlm.files import require_free, whole_folder, write_json
 from hydra_vlm.models.mobilevlm import original_layout as layout
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.modeling import MobileVLMForConditionalGeneration
@@ -28,6 +28,7 @@ from hydra_vlm.models.mobilevlm.original_files import (
 from hydra_vlm.models.mobilevlm.original_lora import base_of, is_lora_folder, require_fit
 from hydra_vlm.models.mobilevlm.original_weights import Parts, gather, read_folder, require_complete
 from hydra_vlm.models.weights import write_weights
+from hydra_vlm.reading import read_json
 
 STAGE_ONE_PROJECTOR = "mm_projector.bin"
 

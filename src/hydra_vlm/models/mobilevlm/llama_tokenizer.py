@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from hydra_vlm.errors import CheckpointError
-from hydra_vlm.files import read_json
+from hydra_vlm.reading import TOKENIZER, read_bytes, read_json
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -42,7 +42,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         CheckpointError: the file is not one.
     """
     try:
-        fields = list(_fields(path.read_bytes()))
+        fields = list(_fields(read_bytes(path, TOKENIZER)))
         pieces = tuple(_piece(bytes(value)) for number, value in fields if number == 1)
         records = {number: dict(_fields(bytes(value))) for number, value in fields if number in (2, 3)}
     except (IndexError, TypeError, ValueError, struct.error) as problem:

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hydra_vlm.errors import CheckpointError, ConfigError
-from hydra_vlm.files import read_json, write_json
+from hydra_vlm.files import write_json
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.llama_tokenizer import llama_tokenizer, read_sentencepiece
 from hydra_vlm.models.mobilevlm.original_layout import CLIP_LARGE_336, their_tower_name, vision_half
 from hydra_vlm.models.mobilevlm.processing import IMAGE_TOKEN, MobileVLMProcessor
+from hydra_vlm.reading import TOKENIZER, read_json
 
 SENTENCEPIECE, FAST, PREPROCESSOR = "tokenizer.model", "tokenizer.json", "preprocessor_config.json"
 GENERATION = "generation_config.json"
@@ -107,7 +108,7 @@ def write_their_tokenizer(source: Path, theirs: Mapping[str, Any], folder: Path)
         return [f"no {SENTENCEPIECE} in {source}: the reference's slow tokenizer needs one; {FAST} is copied"]
     shutil.copyfile(source / SENTENCEPIECE, folder / SENTENCEPIECE)
     pieces = len(read_sentencepiece(source / SENTENCEPIECE).pieces)
-    known = read_json(source / FAST).get("added_tokens", []) if (source / FAST).is_file() else []
+    known = read_json(source / FAST, TOKENIZER).get("added_tokens", []) if (source / FAST).is_file() else []
     added = {t["content"]: t["id"] for t in known if t["id"] >= pieces and t["content"] != IMAGE_TOKEN}
     if added:
         write_json(folder / "added_tokens.json", added)

@@ -11,9 +11,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hydra_vlm.errors import CheckpointError, ConfigError
-from hydra_vlm.files import read_json
 from hydra_vlm.models.mobilevlm.original_layout import is_left, our_trainable
 from hydra_vlm.models.weights import read_file
+from hydra_vlm.reading import read_json
 
 CONFIG, TRAINED_WHOLE = "adapter_config.json", "non_lora_trainables.bin"
 _MATRIX = re.compile(r"^(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight$")
