@@ -27,8 +27,8 @@ from optuna.trial import TrialState
 
 from fake_search import fake_plan, fake_runner, fake_study, score
 from hydra_vlm.errors import ConfigError, DataError, RunFolderError
+from hydra_vlm.liveness import Watch, claimed, heartbeat, host, is_gone, own_id, process_start
 from hydra_vlm.search.journal import cut_unfinished_line
-from hydra_vlm.search.liveness import Watch, claimed, heartbeat, host, is_gone, own_id, process_start
 from hydra_vlm.search.study import (
     LOST,
     Outcome,

@@ -13,6 +13,7 @@ from hydra_vlm import processes
 from hydra_vlm.errors import ConfigError, HydraError
 from hydra_vlm.faults import is_disk_full
 from hydra_vlm.interruption import Interrupted, ending_in_order
+from hydra_vlm.run_folder import RunFolder, owning
 
 app = typer.Typer(
     help="Hierarchical and dynamic rank adaptation for vision-language models: measure where low-rank capacity is "
@@ -183,12 +184,11 @@ def profile(
 ) -> None:
     """Measure gradient norms in a short LoRA run."""
     settings = _config(config, context.args, on_bad_row)
-    from hydra_vlm.trials import measure_profile, prepare_study
+    from hydra_vlm.tune import profile as run
 
-    study = prepare_study(settings, out, _say)
-    measured = measure_profile(study, _say)
+    measured = run(settings, out, _say)
     print(json.dumps(measured.to_json()) if as_json else measured.table())
-    _say(f"profile: {study.folder.profile}")
+    _say(f"profile: {RunFolder(out).profile}")
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -205,15 +205,11 @@ def train(
 ) -> None:
     """Fine-tune with one schedule; keep adapter, answers, scores."""
     settings = _config(config, context.args, on_bad_row)
-    from hydra_vlm.trials import prepare_study, run_trial
-    from hydra_vlm.tune import schedule_for
+    from hydra_vlm.tune import train as run
 
-    study = prepare_study(settings, out, _say)
-    name, ranks = schedule_for(study, schedule, _say)
-    record = run_trial(study, name, ranks, seed, _say)
-    folder = study.folder.trial(record.key)
+    record = run(settings, out, schedule, seed, _say)
     print(json.dumps(record.to_json()) if as_json else record.summary())
-    _say(f"adapter and record: {folder}")
+    _say(f"adapter and record: {RunFolder(out).trial(record.key)}")
 
 
 @app.command()
@@ -395,8 +391,9 @@ def tune(
     settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.tune import tune as run
 
-    folder = run(settings, out, _say).path
-    processes.by_first(lambda: _report(folder, as_json))
+    with owning(out, _say):
+        folder = run(settings, out, _say).path
+        processes.by_first(lambda: _report(folder, as_json))
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -446,14 +443,15 @@ def search(
     cards = asked_workers(workers, gpus)
     check_search(settings, storage or settings.search.storage)
 
-    with _leaving(out):
-        if cards:
-            run_workers(settings, out, cards, storage, _say)
-        else:
-            from hydra_vlm.dynamic import search as run
+    with owning(out, _say):
+        with _leaving(out):
+            if cards:
+                run_workers(settings, out, cards, storage, _say)
+            else:
+                from hydra_vlm.dynamic import search as run
 
-            run(settings, out, storage, _say)
-    found = conclude(settings, out, storage)
+                run(settings, out, storage, _say)
+        found = conclude(settings, out, storage)
     print(json.dumps(found.to_json()) if as_json else found.table())
     _say(f"all trials: {out / 'search.json'}; the best schedule and an adapter of it: {out / 'best'}")
 
@@ -672,7 +670,7 @@ def main() -> None:
             processes.require_shared(sys.argv[1:], SHARED)
             app()
     except HydraError as problem:
-        _fail(str(problem))
+        _fail(str(problem), problem.code)
     except Interrupted as stop:
         _say(str(stop))
         sys.exit(stop.code)
@@ -682,11 +680,11 @@ def main() -> None:
         _fail(f"no room on the disk ({problem}): make room and repeat the command")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = processes.FAILED) -> NoReturn:
     """End with an error; of several processes whoever meets it first says it."""
     if processes.is_first_to_say(message):
         print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(processes.FAILED)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.files import write_json
 from hydra_vlm.findings import Best, best_of
 from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.liveness import Watch, claimed, waiting_for
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import RunFolder
-from hydra_vlm.search.liveness import Watch, claimed, waiting_for
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.phi import PhiSettings, starters
 from hydra_vlm.search.samplers import schedule_sampler

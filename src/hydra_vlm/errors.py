@@ -11,6 +11,7 @@ HydraError
 │  └─ MissingFileError one that is not there (a FileNotFoundError, too)
 ├─ DataError           an instruction record, an image, a data folder
 ├─ RunFolderError      an output folder that holds something else, or a damaged file in it
+│  └─ FolderInUseError an output folder that another command is at work in
 ├─ TrainingError       a loss or gradient that is no number
 ├─ OutOfMemoryError    a device or the machine has too little memory
 └─ DiskFullError       a file that could not be written for want of room
@@ -20,7 +21,9 @@ Each message names the rule, the value, the place and the remedy.
 
 
 class HydraError(Exception):
-    """Anything a user can put right; the command line prints it without a traceback."""
+    """Anything a user can put right; the command line prints it without a traceback and exits with `code`."""
+
+    code = 2
 
 
 class ConfigError(HydraError):
@@ -76,6 +79,12 @@ class DataError(HydraError):
 
 class RunFolderError(HydraError):
     """The output folder holds a run of another configuration, or a file of it is damaged."""
+
+
+class FolderInUseError(RunFolderError):
+    """Another living process works in the output folder."""
+
+    code = 75  # sysexits' EX_TEMPFAIL: the same command may do later
 
 
 class TrainingError(HydraError):

@@ -30,6 +30,7 @@ from hydra_vlm.files import write_json, write_lines
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.structure import TOWER
+from hydra_vlm.ownership import contents, owned
 from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import environment
 
@@ -110,6 +111,11 @@ def evaluate(request: EvaluationRequest, out: Path, say: Say = print) -> dict[st
             raise ConfigError(f"adapter {folder} has no {SCHEDULE}: give a folder that hydra-vlm saved an adapter in")
         read_schedule(folder / SCHEDULE)
     _require_folder(out, request)
+    with owned(out, say=say):
+        return _evaluate(request, out, say)
+
+
+def _evaluate(request: EvaluationRequest, out: Path, say: Say) -> dict[str, tuple[Score, ...]]:
     tasks = _tasks(request, out)
     write_json(out / "evaluation.json", request.to_json())
     write_json(out / "environment.json", environment(request.device, request.dtype))
@@ -262,5 +268,5 @@ def _require_folder(out: Path, request: EvaluationRequest) -> None:
         if changed:
             listed = ", ".join(f"{key}: {before.get(key)!r} there, {asked[key]!r} now" for key in changed[:5])
             raise RunFolderError(f"{out} holds another evaluation ({listed}): name another --out")
-    elif out.exists() and (not out.is_dir() or any(path.name not in ("data", "images") for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name not in ("data", "images") for path in contents(out))):
         raise RunFolderError(f"{out} exists and holds no evaluation: name an empty or new folder with --out")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from hydra_vlm.errors import FileError, HydraError, RunFolderError
 from hydra_vlm.faults import disk_full_told
+from hydra_vlm.ownership import owned
 from hydra_vlm.reading import read_json
 
 Value = TypeVar("Value")
@@ -73,15 +74,21 @@ def require_free(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A sibling to write into, which takes the folder's name at the end; on any error it goes, and nothing appears."""
+    """A sibling to write into, which takes the folder's name at the end; on any error it goes, and nothing appears.
+
+    Raises:
+        FolderInUseError: another process is writing the same folder.
+    """
     folder = folder.absolute()
     draft = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
-    finally:
+    with owned(folder, folder.with_name(f".{folder.name}.owner")):
         shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        try:
+            yield draft
+            require_free(folder)  # whoever was here before may have ended with it
+            if folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)

@@ -20,6 +20,7 @@ from hydra_vlm.files import whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
 from hydra_vlm.processes import by_first
 from hydra_vlm.records import TrialRecord
+from hydra_vlm.run_folder import owning
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import finetune, prepare_projector
 from hydra_vlm.trials import Say, Study, finished, prepare_study
@@ -35,7 +36,13 @@ def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
         HydraError: a template other than `plain`, a model without projector, or what `prepare_study` finds wrong.
     """
     require_frugality(config, trains_base=True)
-    study = prepare_study(stage_one(config), out, say)
+    config = stage_one(config)
+    with owning(out, say):
+        return _pretrain(config, out, say)
+
+
+def _pretrain(config: Config, out: Path, say: Say) -> TrialRecord:
+    study = prepare_study(config, out, say)
     seed = config.seeds[0]
     folder, model_folder = study.folder.trial(f"{NAME}-seed{seed}"), study.folder.path / "model"
     stored = folder / "record.json"

@@ -11,7 +11,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from hydra_vlm.config import Config, flatten
 from hydra_vlm.errors import FileError, RunFolderError
 from hydra_vlm.files import write_json, write_text
+from hydra_vlm.ownership import contents, owned
+from hydra_vlm.processes import by_first
 from hydra_vlm.reading import read_yaml
 
 _PACKAGES = (
@@ -66,6 +69,32 @@ class RunFolder:
         return self.path / "trials" / key
 
 
+@contextmanager
+def owning(path: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Own a run folder while the block lasts; of several processes of one job the first owns it for all.
+
+    Raises:
+        RunFolderError: the folder holds other files.
+        FolderInUseError: another command is at work in it.
+    """
+
+    def enter() -> None:
+        require_run_or_nothing(path)
+        held.enter_context(owned(path, say=say))
+
+    with ExitStack() as held:
+        by_first(enter)
+        yield
+
+
+def require_run_or_nothing(path: Path) -> None:
+    """Raises RunFolderError where a run folder is to be and something else is."""
+    if (path / "config.yaml").is_file():
+        return
+    if (path.exists() and not path.is_dir()) or contents(path):
+        raise RunFolderError(f"{path} exists and holds no run (no config.yaml): name an empty or new folder with --out")
+
+
 def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:
     """Create the folder, or go on with the run of the same configuration in it.
 
@@ -85,8 +114,8 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
                 f"{path} holds a run of another configuration ({listed}): name another --out, or repeat the run's "
                 "own configuration to go on with it"
             )
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(f"{path} exists and holds no run (no config.yaml): name an empty or new folder with --out")
+    else:
+        require_run_or_nothing(path)
     path.mkdir(parents=True, exist_ok=True)
     write_text(stored, config.to_yaml())
     write_json(path / "environment.json", environment)

@@ -15,7 +15,8 @@ from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import read_schedule, require_schedule_fits
 from hydra_vlm.processes import by_first
 from hydra_vlm.profile import GradientNormProfile
-from hydra_vlm.run_folder import RunFolder
+from hydra_vlm.records import TrialRecord
+from hydra_vlm.run_folder import RunFolder, owning
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
@@ -33,15 +34,30 @@ from hydra_vlm.trials import (
 
 def tune(config: Config, out: Path, say: Say = print) -> RunFolder:
     """Run everything that `config` asks for and return the run folder, from which the report is made."""
-    study = prepare_study(config, out, say)
-    profile = measure_profile(study, say)
-    schedules = allocate_all(study, profile)
-    if config.evaluation.zero_shot and study.tasks:
-        run_trial(study, ZERO_SHOT, None, 0, say)
-    for seed in config.seeds:
-        for name in config.schedules:
-            run_trial(study, name, schedules.get(name), seed, say)
+    with owning(out, say):
+        study = prepare_study(config, out, say)
+        profile = measure_profile(study, say)
+        schedules = allocate_all(study, profile)
+        if config.evaluation.zero_shot and study.tasks:
+            run_trial(study, ZERO_SHOT, None, 0, say)
+        for seed in config.seeds:
+            for name in config.schedules:
+                run_trial(study, name, schedules.get(name), seed, say)
     return study.folder
+
+
+def train(config: Config, out: Path, wish: str, seed: int, say: Say = print) -> TrialRecord:
+    """One trial in a run folder; `wish` is what `schedule_for` takes."""
+    with owning(out, say):
+        study = prepare_study(config, out, say)
+        name, schedule = schedule_for(study, wish, say)
+        return run_trial(study, name, schedule, seed, say)
+
+
+def profile(config: Config, out: Path, say: Say = print) -> GradientNormProfile:
+    """The gradient-norm profile alone."""
+    with owning(out, say):
+        return measure_profile(prepare_study(config, out, say), say)
 
 
 def allocate_all(study: Study, profile: GradientNormProfile) -> dict[str, RankSchedule]:

@@ -7,6 +7,7 @@ from hydra_vlm.benchmarks.protocol import Example, Prediction, Rule, Score
 from hydra_vlm.benchmarks.suite import SIX, Task, open_benchmark, score_task
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.files import write_json, write_lines
+from hydra_vlm.ownership import owned
 from hydra_vlm.reading import TABLE, read_json, read_json_lines, read_text
 from hydra_vlm.strict import parse_json
 
@@ -63,10 +64,16 @@ def rescore(run: Path, rule: Rule = "published") -> dict[str, tuple[Score, ...]]
 
     Raises:
         RunFolderError: the folder keeps no examples, or no predictions.
+        FolderInUseError: a command is at work in it.
     """
     paths = {path.stem: path for path in (run / "examples").glob("*.jsonl")}
     if not paths:
         raise RunFolderError(f"{run} keeps no examples: give the --out of `evaluate` or `tune`")
+    with owned(run):
+        return _rescored(run, paths, rule)
+
+
+def _rescored(run: Path, paths: dict[str, Path], rule: Rule) -> dict[str, tuple[Score, ...]]:
     names = [name for name in SIX if name in paths] + sorted(paths.keys() - SIX.keys())
     tasks = [Task(open_benchmark(name, rule), _read_examples(paths[name])) for name in names]
     scores = {}

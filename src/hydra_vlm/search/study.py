@@ -24,9 +24,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.files import write_json
+from hydra_vlm.liveness import Watch, waiting_for
 from hydra_vlm.reading import read_json
 from hydra_vlm.search.journal import open_journal
-from hydra_vlm.search.liveness import Watch, waiting_for
 from hydra_vlm.search.space import Candidate
 
 NAME = "search"

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydra_vlm.errors import ConfigError, DataError, DiskFullError, HydraError
 from hydra_vlm.interruption import Interrupted
-from hydra_vlm.search.liveness import Watch, beating, heartbeat, own_id, waiting_for
+from hydra_vlm.liveness import Watch, beating, heartbeat, own_id, waiting_for
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.samplers import distributions, within
 from hydra_vlm.search.space import Candidate, Parameter, Space, parameters

@@ -10,14 +10,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-from hydra_vlm.files import write_text
+from typing import IO, Any
 
 try:
     import fcntl
@@ -29,6 +27,9 @@ BEATS_PER_GRACE = 6
 
 _NUMBERS = count(1)
 """One count for all heartbeats of this process, so that a claim held again never looks as it did before."""
+
+GUARD = ".guard"
+"""Beside a claim: the file that is locked while somebody looks at it."""
 
 GONE = ("Z", "X")
 """States in /proc/<pid>/stat of a process that has ended but is still listed."""
@@ -144,16 +145,29 @@ def beating(interval: float, beat: Callable[[dict[str, Any]], bool]) -> Iterator
 
 
 @contextmanager
-def claimed(path: Path, watch: Watch) -> Iterator[bool]:
-    """Whether the right that this file stands for could be had at once; while it is held, the file says by whom."""
-    if not _take(path, watch):
+def claimed(
+    path: Path, watch: Watch, told: Mapping[str, Any] | None = None, lost: Callable[[], None] | None = None
+) -> Iterator[bool]:
+    """Whether the right that this file stands for could be had at once; while it is held, the file says by whom.
+
+    `told` is written into the file, too. `lost` is called from a thread when somebody else has taken the right, since
+    this process showed no heartbeat for the grace.
+    """
+    if not _take(path, watch, told or {}):
         yield False
         return
-    with beating(watch.interval, lambda new: _renew(path, new)):
-        try:
+
+    def beat(new: dict[str, Any]) -> bool:
+        mine = _renew(path, {**(told or {}), **new})
+        if not mine and lost is not None:
+            lost()
+        return mine
+
+    try:
+        with beating(watch.interval, beat):
             yield True
-        finally:
-            _give_back(path)
+    finally:  # after the last heartbeat, which would not find its claim
+        _give_back(path)
 
 
 @contextmanager
@@ -167,51 +181,83 @@ def waiting_for(path: Path, watch: Watch, pause: float = 0.05) -> Iterator[None]
         time.sleep(pause)
 
 
-def _take(path: Path, watch: Watch) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _guarded(path):
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            if not watch.is_dead(path, _holder(path)):
-                return False
-            write_text(path, _text(heartbeat()))
-            return True
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(_text(heartbeat()))
-        return True
-
-
-def _renew(path: Path, new: dict[str, Any]) -> bool:
-    with _guarded(path):
-        mine = (_holder(path) or {}).get("id") == new["id"]
-        if mine:
-            write_text(path, _text(new))
-        return mine
-
-
-def _give_back(path: Path) -> None:
-    with _guarded(path):
-        if (_holder(path) or {}).get("id") == own_id():
-            path.unlink(missing_ok=True)
-
-
-def _holder(path: Path) -> dict[str, Any] | None:
+def holder(path: Path) -> dict[str, Any] | None:
+    """What the file of a right says of who has it; None where nobody has, or nobody has come to say so."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or its taker was killed before it wrote its name
+    except (OSError, ValueError, RecursionError):  # not there, or its taker was killed before it wrote its name
         return None
     return found if isinstance(found, dict) else None
 
 
-def _text(value: dict[str, Any]) -> str:
+def _take(path: Path, watch: Watch, told: Mapping[str, Any]) -> bool:
+    with guarded(path):
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            if not watch.is_dead(path, holder(path)):
+                return False
+            _write(path, {**told, **heartbeat()})
+            return True
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(_text({**told, **heartbeat()}))
+        return True
+
+
+def _renew(path: Path, new: dict[str, Any]) -> bool:
+    with guarded(path):
+        mine = (holder(path) or {}).get("id") == new["id"]
+        if mine:
+            _write(path, new)
+        return mine
+
+
+def _give_back(path: Path) -> None:
+    with guarded(path):
+        if (holder(path) or {}).get("id") == own_id():
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    """Under another name first, so that no reader sees half of it."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(_text(value), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _text(value: Mapping[str, Any]) -> str:
     return json.dumps(value) + "\n"
 
 
 @contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    """No two processes look at and change a claim at once; the system lifts the lock of a process that dies."""
-    with path.with_name(".guard").open("a") as file:
-        if fcntl is not None:
+def guarded(path: Path) -> Iterator[Path]:
+    """No two processes look at and change a claim at once; the system lifts the lock of a process that dies.
+
+    Yields the file that is locked; whoever holds the lock may remove it.
+    """
+    guard = path.with_name(GUARD)
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = guard.open("a")
+        except FileNotFoundError:  # somebody removed the folder meanwhile
+            continue
+        with file:
+            _lock(file)
+            if _is_still(file, guard):
+                yield guard
+                return
+
+
+def _lock(file: IO[str]) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks: O_EXCL alone guards the claim
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+
+def _is_still(file: IO[str], guard: Path) -> bool:
+    """Whether this is the file that others will lock, and not one that was removed while it was waited for."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), guard.stat())
+    except FileNotFoundError:
+        return False
