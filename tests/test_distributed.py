@@ -30,7 +30,7 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.training import frugality, sharding
 from hydra_vlm.training.even_batches import EvenBatches, WithBlanks, blanking
-from hydra_vlm.training.recipe import split_batch, validation_batch
+from hydra_vlm.training.recipe import split_batch
 from hydra_vlm.training.trainer import ByLength
 from tiny import save_tiny_model, toy_config, write_toy_data
 
@@ -314,7 +314,6 @@ def test_blanks_have_nothing_supervised() -> None:
 def test_the_global_batch_holds_for_every_number_of_devices() -> None:
     settings = load_config(None, ["training.batch_size=12", "training.device_batch_size=2"]).training
     assert [split_batch(settings, n) for n in (1, 2, 3, 6)] == [(2, 6), (2, 3), (2, 2), (2, 1)]
-    assert [validation_batch(settings, n) * n for n in (1, 2, 4)] == [4, 4, 4]
     one = settings.model_copy(update={"batch_size": 1, "device_batch_size": None})
     for wrong, devices in ((settings, 4), (one, 2)):
         with pytest.raises(ConfigError, match="is not a multiple of device_batch_size"):

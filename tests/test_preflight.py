@@ -332,7 +332,7 @@ def test_an_image_that_goes_bad_names_its_row(home: Path, reader: Reader, worker
     data = InstructionDataset.of_checked(done, reader)
     (home / "images/2.png").write_bytes((home / "images/2.png").read_bytes()[:40])
     numbered = Numbered(data)
-    loader = DataLoader(numbered, 4, collate_fn=NumberedBatch(reader.batch, numbered), num_workers=workers)
+    loader = DataLoader(numbered, 4, collate_fn=NumberedBatch(reader.batch), num_workers=workers)
     with pytest.raises(DataError, match=r"record r2 \(\S*train\.jsonl, row 2 \(line 3\)\) with image \S*2\.png can no"):
         next(iter(loader))
 

@@ -1,10 +1,11 @@
 """What happens when a loss or a gradient is no number: the step is not applied, its records are written down.
 
-An isolated spike may be left out (`training.skip_spikes`); otherwise, or with too many in a row, training stops.
+So are those of a validation loss that is no number; training goes on, since it does not depend on it. An isolated spike
+may be left out (`training.skip_spikes`); otherwise, or with too many in a row, training stops.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from hydra_vlm.files import write_json
 from hydra_vlm.training.processes import any_process, from_all_processes
 from hydra_vlm.training.progress import tell
 
+Told = Callable[[int], dict[str, str]]
+
 
 class FiniteSteps(TrainerCallback):
     """Looks at each optimizer step before it is applied; one look at the device a step.
 
     `folder` is where steps are written down; `allowed` is how many in a row may be left out; `told` says which record a
-    number stands for, its `id` and its `place`. It must come after every callback that reads gradients.
+    number stands for, its `id` and its `place`, and `validation` the same of the validation's. It must come after every
+    callback that reads gradients.
     """
 
-    def __init__(self, folder: Path, allowed: int, told: Callable[[int], dict[str, str]]) -> None:
-        self.folder, self.allowed, self.told = folder, allowed, told
+    def __init__(self, folder: Path, allowed: int, told: Told, validation: Told | None = None) -> None:
+        self.folder, self.allowed, self.told, self.validation = folder, allowed, told, validation
         self.in_a_row = 0
         self._numbers: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -66,6 +70,16 @@ class FiniteSteps(TrainerCallback):
         if self._left_out:  # an optimizer passes over parameters without a gradient: weights and moments stay
             model.zero_grad(set_to_none=True)
 
+    def in_validation(self, state: TrainerState, numbers: Sequence[int]) -> None:
+        """Write down the validation records whose loss is no number, and say so."""
+        if not state.is_world_process_zero or self.validation is None:
+            return
+        records = [self.validation(number) for number in numbers]
+        path = self.folder / f"nonfinite-validation-{state.global_step}.json"
+        write_json(path, {"step": state.global_step, "records": records})
+        ids = _some([record["id"] for record in records])
+        tell(f"step {state.global_step}: the validation loss is no number, for that of {ids} is none; records: {path}")
+
     def _write_down(self, state: TrainerState, seen: list[Any], norm: float, rate: float, stops: bool) -> None:
         """One step's file; then the error, or a line."""
         step = state.global_step + 1
@@ -93,13 +107,16 @@ class FiniteSteps(TrainerCallback):
             tell(f"step {step}: {what}: left out ({self.in_a_row} in a row of at most {self.allowed}); records: {path}")
 
     def _message(self, step: int, what: str, rate: float, ids: list[str], path: Path) -> str:
-        shown = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
         row = f", the last of {self.in_a_row} such steps in a row" if self.in_a_row > 1 else ""
         return (
             f"step {step}: {what}{row}, at learning rate {rate:.3g}; the step was not applied. Its records are "
-            f"{shown}, all in {path}. Look at them, or lower training.learning_rate; training.skip_spikes="
+            f"{_some(ids)}, all in {path}. Look at them, or lower training.learning_rate; training.skip_spikes="
             f"{max(1, 2 * self.allowed)} leaves out that many steps in a row. The last checkpoint is kept."
         )
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
 def _listed(numbers: list[Tensor]) -> list[int]:

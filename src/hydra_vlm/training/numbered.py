@@ -18,11 +18,14 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Hy
 NUMBERS = "record_numbers"
 """The batch's field with its records' numbers [B]; the trainer takes it out before the model sees the batch."""
 
+SOURCE = "record_source"
+"""An item's field with the `Numbered` that it comes from; it ends where a batch is made."""
+
 Batch = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
 
 
 class Numbered(Dataset[dict[str, Any]]):
-    """A data set whose items carry their number."""
+    """A data set whose items carry their number, and know where they come from."""
 
     def __init__(self, data: InstructionDataset) -> None:
         self.data = data
@@ -31,7 +34,7 @@ class Numbered(Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.data[index], NUMBERS: index}
+        return {**self.data[index], NUMBERS: index, SOURCE: self}
 
     def told(self, number: int) -> dict[str, str]:
         """What a user finds a record by: its `id` and its `place` in the file."""
@@ -44,31 +47,26 @@ class NumberedBatch:
     A class and not a function inside of one, since loading workers are given it as a copy.
     """
 
-    def __init__(self, batch: Batch, data: Numbered) -> None:
-        self.batch, self.data = batch, data
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The model's arguments, and the numbers where the items have them.
+        """The model's arguments, and the numbers of the records.
 
         Raises:
             DataError: an image that could be read when training began cannot be read now.
         """
-        numbers = [item[NUMBERS] for item in items if NUMBERS in item]
-        rows = [{key: value for key, value in item.items() if key != NUMBERS} for item in items]
+        rows = [{key: value for key, value in item.items() if key not in (NUMBERS, SOURCE)} for item in items]
         try:
             made = self.batch(rows)
         except UNREADABLE as problem:
             if is_out_of_memory(problem) or is_disk_full(problem):
                 raise
-            raise DataError(self._culprit(rows, numbers, problem)) from None
-        return {**made, NUMBERS: torch.tensor(numbers)} if numbers else made
+            raise DataError(self._culprit(rows, [_name(item) for item in items], problem)) from None
+        return {**made, NUMBERS: torch.tensor([item[NUMBERS] for item in items])}
 
-    def _culprit(self, rows: Sequence[dict[str, Any]], numbers: Sequence[int], problem: Exception) -> str:
+    def _culprit(self, rows: Sequence[dict[str, Any]], names: Sequence[str], problem: Exception) -> str:
         """The first record that makes no batch by itself; where each does, all of them."""
-        told = [self.data.told(number) for number in numbers]
-        names = [f"record {one['id']} ({one['place']})" for one in told] or [
-            row["place"] for row in rows
-        ]  # validation records have no number
         for name, row in zip(names, rows, strict=True):
             try:
                 self.batch([row])
@@ -79,3 +77,8 @@ class NumberedBatch:
                     "and repeat the same command: training goes on from its last checkpoint"
                 )
         return f"{', '.join(names)} cannot be made one batch: {type(problem).__name__}: {first_line(problem)}"
+
+
+def _name(item: dict[str, Any]) -> str:
+    told = item[SOURCE].told(item[NUMBERS])
+    return f"record {told['id']} ({told['place']})"

@@ -1,5 +1,6 @@
 """What is seen of a training run: one progress bar with the loss beside it, and validation losses on the way."""
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -46,4 +47,4 @@ class ValidationWatch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if metrics and state.global_step < state.max_steps:
-            self.watch(state.global_step, metrics["eval_loss"])
+            self.watch(state.global_step, metrics.get("eval_loss", math.nan))

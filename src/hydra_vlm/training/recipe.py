@@ -151,10 +151,10 @@ def finetune(
         HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk.
         Interrupted: SIGTERM or SIGINT came; a checkpoint of the step just done is there.
     """
-    numbered = Numbered(data.train)
-    watched = [ValidationWatch(watch)] if watch is not None and data.validation is not None else []
+    numbered, validation = Numbered(data.train), Numbered(data.validation) if data.validation else None
+    watched = [ValidationWatch(watch)] if watch is not None and validation is not None else []
     opened, several = to_take_apart(model), count() > 1
-    batch = NumberedBatch(data.reader.batch, numbered)
+    batch = NumberedBatch(data.reader.batch)
     with sped_up(opened, loaded.parts, settings) as positions:
         trainer = VLMTrainer(
             model=opened,
@@ -162,10 +162,12 @@ def finetune(
             positions=positions,
             rates=Rates.of(settings),
             lengths=data.train.lengths if settings.group_by_length else None,
-            finite=FiniteSteps(folder.parent, settings.skip_spikes, numbered.told),
+            finite=FiniteSteps(
+                folder.parent, settings.skip_spikes, numbered.told, validation.told if validation else None
+            ),
             args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),
             train_dataset=WithBlanks(numbered) if several else numbered,
-            eval_dataset=WithBlanks(data.validation) if several and data.validation else data.validation,
+            eval_dataset=WithBlanks(validation) if several and validation else validation,
             data_collator=blanking(batch) if several else batch,
             callbacks=[*callbacks, *watched, *([Unreached(loaded.parts)] if several else []), LossProgress()],
         )
@@ -173,7 +175,7 @@ def finetune(
         with tracked(trainer, settings.trackers, folder.parent):
             with checkpointing(loaded.model, settings):
                 train_guarded(trainer, folder, settings, estimate)
-            validation_loss = trainer.evaluate()["eval_loss"] if data.validation else math.nan
+            validation_loss = trainer.evaluate().get("eval_loss", math.nan) if validation else math.nan
     bring_back(opened, model)
     return Finetuned(
         model=model.eval(),
@@ -192,7 +194,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=on_one,
-        per_device_eval_batch_size=validation_batch(settings, _devices()),
+        per_device_eval_batch_size=2 * on_one,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         num_train_epochs=settings.epochs,
@@ -247,14 +249,6 @@ def split_batch(settings: TrainingConfig, devices: int) -> tuple[int, int]:
             f"{devices} device(s): change one of them"
         )
     return per_device, accumulation
-
-
-def validation_batch(settings: TrainingConfig, devices: int) -> int:
-    """Records per device and step of the validation, so that those of all devices are the same for any number of them.
-
-    The validation loss is the mean over steps, weighted by records, of the mean over each step's supervised tokens.
-    """
-    return max(1, 2 * (settings.device_batch_size or settings.batch_size) // devices)
 
 
 def resolve_bf16(settings: TrainingConfig, device: torch.device) -> bool:

@@ -5,8 +5,8 @@ are read by the last attention. So the last layer's queries, attention output an
 on gathered rows [1, N, C] in place of [B, L, C]. Loss and gradients are those of the whole forward; only hidden states
 and logits elsewhere are not computed.
 
-It works on any model of transformers whose head is one module that is called once and whose loss comes from
-`loss_function`; a call that does not look like that passes unchanged.
+It works on any model of transformers whose head is one module that is called once; a call that does not look like that
+passes unchanged. The loss is made of the gathered logits outside of the model (`training.loss`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +101,6 @@ def supervised_only(model: Any, parts: ModelParts) -> Iterator[SupervisedPositio
         undo.callback(hook.remove)
         for module in _ends(model, parts):
             _compute_at(module, positions, undo)
-        undo.enter_context(_loss_of_gathered(model, positions))
         yield positions
 
 
@@ -117,29 +116,6 @@ def _compute_at(module: nn.Module, positions: SupervisedPositions, undo: ExitSta
     scattering = module.register_forward_hook(lambda _, __, output: positions.scatter(output, shapes[0]))
     undo.callback(gathering.remove)
     undo.callback(scattering.remove)
-
-
-@contextmanager
-def _loss_of_gathered(model: Any, positions: SupervisedPositions) -> Iterator[None]:
-    """The model's own loss, given the labels that belong to gathered logits."""
-    had, plain = hasattr(model, "_loss_function"), model.loss_function
-
-    def loss(logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        rows = positions.rows
-        if rows is not None and labels is not None and tuple(logits.shape[:-1]) == (1, len(rows)):
-            kwargs["shift_labels"] = positions.following.to(logits.device)
-            labels = None
-        value: Tensor = plain(logits, labels, *args, **kwargs)
-        return value
-
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        if had:
-            model.loss_function = plain
-        else:
-            del model._loss_function
 
 
 def _ends(model: nn.Module, parts: ModelParts) -> list[nn.Module]:

@@ -8,7 +8,8 @@
 * gradient norms taken before clipping,
 * a step whose loss is no number is not applied; a checkpoint is whole on the disk or not there, and remembers the
   losses that were not logged yet, so that a resumed run logs what an undisturbed one does,
-* the same batches, validation losses and checkpoints for any number of processes, the model sharded or not.
+* a loss, of training and of validation, in which every supervised token counts the same (`training.loss`),
+* the same batches and checkpoints for any number of processes, the model sharded or not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.training.checkpoints import write_whole
 from hydra_vlm.training.even_batches import EvenBatches
 from hydra_vlm.training.gradient_norms import GradientNormCallback
+from hydra_vlm.training.loss import Tally, draws_kept, mean_over_batch, token_losses
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import NUMBERS
 from hydra_vlm.training.rates import Rates, parameter_groups
@@ -59,7 +62,7 @@ class VLMTrainer(Trainer):
         finite: FiniteSteps | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_loss_func=mean_over_batch(positions), **kwargs)
         self.positions = positions
         self.finite = finite
         if finite is not None:
@@ -104,11 +107,33 @@ class VLMTrainer(Trainer):
             return loss
         return loss + untouched(self.model, self.parts)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss, *others = super().prediction_step(*args, **kwargs)
-        if self.args.world_size > 1 and loss is not None:
-            loss = self.accelerator.reduce(loss, "mean")  # of the step's records on all processes, as on one
-        return loss, *others
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean over all supervised tokens of the data; training goes on as it would without.
+
+        Where it is no number there is no loss among the metrics; how many records are to blame stands there instead.
+        """
+        model, tally = self.model.eval(), Tally()
+        with draws_kept(self.args.device), torch.no_grad():
+            for inputs in dataloader:
+                numbers, labels = inputs.pop(NUMBERS), inputs.pop("labels")
+                if self.positions is not None:
+                    self.positions.read({**inputs, "labels": labels})
+                tally.add(token_losses(model(**inputs)["logits"], labels, self.positions), labels, numbers)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
+        found = tally.total()
+        metrics = {f"{metric_key_prefix}_loss": found.loss}
+        if found.nonfinite:
+            metrics = {f"{metric_key_prefix}_nonfinite": len(found.nonfinite)}
+            if self.finite is not None:
+                self.finite.in_validation(self.state, found.nonfinite)
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.is_fsdp_enabled:
