@@ -292,6 +292,15 @@ def qwen2_5_vl() -> tuple[Any, Any]:
 
 
 def qwen3_vl() -> tuple[Any, Any]:
+    return _qwen3(hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLConfig, "qwen3_vl_text")
+
+
+def qwen3_vl_moe() -> tuple[Any, Any]:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return _qwen3(hf.Qwen3VLMoeForConditionalGeneration, hf.Qwen3VLMoeConfig, "qwen3_vl_moe_text", **experts)
+
+
+def _qwen3(model: Any, config: Any, text_type: str, **more: Any) -> tuple[Any, Any]:
     words = qwen_words()
     vision = {
         "depth": 2,
@@ -303,12 +312,11 @@ def qwen3_vl() -> tuple[Any, Any]:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }
-    text = qwen_text(words, "qwen3_vl_text", head_dim=8, rope_parameters={**ROPE, "mrope_interleaved": True})
-    config = hf.Qwen3VLConfig(vision_config=vision, text_config=text, **qwen_settings(words))
+    text = qwen_text(words, text_type, head_dim=8, rope_parameters={**ROPE, "mrope_interleaved": True}, **more)
     processor = hf.Qwen3VLProcessor(
         qwen_images(), words, VideoSettings({"video_processor_type": "Qwen3VLVideoProcessor"}), chat_template=QWEN
     )
-    return hf.Qwen3VLForConditionalGeneration(config), processor
+    return model(config(vision_config=vision, text_config=text, **qwen_settings(words))), processor
 
 
 def paligemma() -> tuple[Any, Any]:
@@ -415,3 +423,6 @@ FAMILIES = {
         Family("llama", llama, "<|eot_id|>", None, None, decoder="model"),
     )
 }
+
+MIXTURE = Family("qwen3_vl_moe", qwen3_vl_moe, "<|im_end|>", "model.visual", "model.visual.merger")
+"""A mixture of experts, whose experts LoRA does not reach."""

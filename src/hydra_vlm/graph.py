@@ -9,7 +9,7 @@ Symbols of the paper: G computation graph, N_l number of layers, Z rank schedule
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -63,6 +63,7 @@ class ComputationGraph:
     are put in order of layer, then of each component's first appearance, so graphs with the same content are
     equal. `parts` names the parts with their numbers of layers; layers are counted through all of them, so that with
     (("decoder", 24), ("tower", 23)) the tower's first layer is layer 24. Left out, all layers are the decoder's.
+    `notes` say in a line each what of these layers is not adapted; they tell no graphs apart.
 
     Raises ConfigError when a projection is repeated, a layer is empty, a size is not positive, or the parts do not add
     up to the layers.
@@ -71,6 +72,7 @@ class ComputationGraph:
     name: str
     projections: tuple[Projection, ...]
     parts: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         by_layer = sorted(self.projections, key=lambda p: p.layer)
@@ -202,6 +204,7 @@ class ComputationGraph:
             "parts": dict(self.parts),
             "components": list(self.components),
             "layers": [{p.component: [p.in_features, p.out_features] for p in layer} for layer in self._layers],
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     @classmethod
@@ -215,7 +218,7 @@ class ComputationGraph:
                 for component, shape in sorted(shapes.items(), key=lambda item: components.index(item[0]))
             ]
             parts = tuple((str(part), int(n)) for part, n in data.get("parts", {}).items())
-            return cls(str(data["name"]), tuple(projections), parts)
+            return cls(str(data["name"]), tuple(projections), parts, tuple(map(str, data.get("notes", ()))))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"not a computation graph: {type(error).__name__} {error}.") from error
 

@@ -2,7 +2,8 @@
 
 Traps of PEFT 0.21 that this file steps around: lists of target modules match suffixes, so a vision tower with the
 same module names would be adapted too, and overlapping pattern keys change their precedence on saving. Targets are
-therefore one regular expression that fits whole names, and pattern keys are whole names anchored with "^".
+therefore one regular expression that fits whole names, and pattern keys are whole names anchored with "^". For some
+mixtures of experts PEFT rewrites an expression into last names; there, targets are a list of whole names.
 """
 
 import hashlib
@@ -68,7 +69,7 @@ def lora_config(schedule: RankSchedule, parts: ModelParts, dropout: float = 0.0)
         lora_alpha=alpha(top),
         lora_dropout=dropout,
         use_rslora=stabilised,
-        target_modules=_whole_names(ranks, parts.lists),
+        target_modules=_whole_names(ranks, parts.lists) if parts.takes_expressions else list(ranks),
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != top},
         alpha_pattern={f"^{re.escape(name)}": alpha(rank) for name, rank in ranks.items() if alpha(rank) != alpha(top)},
         fan_in_fan_out=parts.transposed,

@@ -181,7 +181,7 @@ class RankSchedule:
         return layers
 
     def table(self) -> str:
-        """Plain text: a line for each run of layers with equal ranks, then the use of the budget."""
+        """Plain text: a line for each run of layers with equal ranks, the use of the budget, what is not adapted."""
         components = self.graph.components
         rows = [["layers", *components, "parameters"]]
         for ranks, run in groupby(enumerate(self.by_layer()), key=lambda pair: pair[1]):
@@ -193,7 +193,7 @@ class RankSchedule:
             rows.append([within if part == DECODER else f"{part} {within}", *cells, f"{parameters:,}"])
         widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, self.usage()])
+        return "\n".join([*lines, self.usage(), *self.graph.notes])
 
     def usage(self) -> str:
         """One line: parameters used, of how many, and what is left or too much."""

@@ -112,7 +112,7 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
         )
     require_trackers(config.training.trackers)
     bf16 = resolve_bf16(config.training, training_device(loaded.model))
-    say(batch_arithmetic(config.training))
+    say("\n".join([batch_arithmetic(config.training), *graph.notes]))
     place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
     folder = by_first(lambda: open_run(out, config, environment(place, precision)))
     by_first(lambda: write_json(folder.graph, graph.to_json()))

@@ -8,7 +8,7 @@ COLUMNS = ("part", "module", "modules adapted", "LoRA", "trained whole", "frozen
 
 
 def adaptation_summary(model: nn.Module, parts: ModelParts) -> str:
-    """A table of parameters, one line for each part; `model` may be bare or wrapped by PEFT.
+    """A table of parameters, one line for each part, and what LoRA leaves out; `model` may be bare or wrapped by PEFT.
 
     A part within another (a projector inside the tower, the layers inside the decoder) is counted by itself; what lies
     in no part, such as the output head, is "other".
@@ -32,7 +32,7 @@ def adaptation_summary(model: nn.Module, parts: ModelParts) -> str:
     present = {part: count for part, count in counts.items() if any(count)}
     present["total"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [[part, known.get(part, ""), *(f"{n:,}" for n in count)] for part, count in present.items()]
-    return _aligned([list(COLUMNS), *rows])
+    return "\n".join([_aligned([list(COLUMNS), *rows]), *parts.graph.notes])
 
 
 def _part(name: str, paths: dict[str, str]) -> str:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hydra_vlm.errors import AdapterError, ConfigError
 from hydra_vlm.graph import DECODER, ComputationGraph, Projection
+from hydra_vlm.models.unreached import is_router, layers_with_experts, takes_expressions, takes_name, unreached
 
 DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder", "llm")
 TOWER_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
@@ -42,7 +43,8 @@ class ModelParts:
     `decoder` is "" when the model is nothing but a decoder. `layers` is the list of decoder layers, so that layer i
     is the module `{layers}.{i}`. `modules` maps (layer, component) to the full module name, with exactly one entry
     for each projection of `graph`. `lists` are the module lists whose members are the graph's layers: the decoder's,
-    and the tower's where it is adapted. `transposed` says that weights are stored [in, out], as GPT-2's Conv1D does.
+    and the tower's where it is adapted. `transposed` says that weights are stored [in, out], as GPT-2's Conv1D does;
+    `takes_expressions` that PEFT reads a regular expression of targets as it stands.
     """
 
     decoder: str
@@ -53,6 +55,7 @@ class ModelParts:
     graph: ComputationGraph
     lists: tuple[str, ...] = ()
     transposed: bool = False
+    takes_expressions: bool = True
 
     def names(self) -> tuple[str, ...]:
         """Full module names, aligned with `graph.projections`."""
@@ -65,7 +68,8 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequ
     `decoder_pattern` is a regular expression that the full names of all decoder layers match, and of no other
     module, such as r"model\\.language_model\\.layers\\.\\d+"; it is needed only where the decoder is not found.
     `adapt` names the parts that LoRA may reach, of `ADAPTABLE`. The tower's layers are those that lie before the
-    selected feature layer; the projector is one layer with all its linears.
+    selected feature layer; the projector is one layer with all its linears. What stays as it is in the layers that are
+    adapted (experts in one tensor, routers) is said in the graph's notes.
 
     Raises ConfigError when the decoder is not found, the pattern does not describe one list of layers, or a part to be
     adapted is not there, AdapterError when the model carries an adapter already.
@@ -83,7 +87,14 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequ
         decoder = layers.rpartition(".")[0]
     tower = _find_tower(model, names, decoder, layers)
     projector = _outside(model, PROJECTOR_NAMES, decoder)
-    reach = _reach(model, adapt, {DECODER: layers, TOWER: tower, PROJECTOR: projector})
+    paths = {DECODER: layers, TOWER: tower, PROJECTOR: projector}
+    reach = _reach(model, adapt, paths)
+    roots = {
+        part: _find_layers(model, path, part) if part == TOWER else path
+        for part, path in paths.items()
+        if path and part in reach
+    }
+    renamed = _drop_renamed(model, reach)
     modules: dict[tuple[int, str], str] = {}
     counts: list[tuple[str, int]] = []
     for part, located in reach.items():
@@ -95,6 +106,15 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequ
         _graph_name(model),
         tuple(Projection(layer, component, *_features(linears[name])) for (layer, component), name in modules.items()),
         tuple(counts),
+        unreached(
+            model,
+            {
+                root: None if part == PROJECTOR else {str(layer) for layer, _ in reach[part]}
+                for part, root in roots.items()
+            },
+            modules.values(),
+            renamed,
+        ),
     )
     return ModelParts(
         decoder=decoder,
@@ -103,8 +123,9 @@ def find_parts(model: nn.Module, decoder_pattern: str | None = None, adapt: Sequ
         layers=layers,
         modules=modules,
         graph=graph,
-        lists=(layers, *([_find_layers(model, tower, TOWER)] if tower and TOWER in reach else [])),
+        lists=(layers, *([roots[TOWER]] if TOWER in reach else [])),
         transposed=any(isinstance(linear, Conv1D) for linear in linears.values()),
+        takes_expressions=takes_expressions(model, next(iter(linears))),
     )
 
 
@@ -145,6 +166,17 @@ def _reach(
         if not reach[part]:
             raise ConfigError(f"adapt names the {part}, but {path} has no linear layers that run: leave it out.")
     return reach
+
+
+def _drop_renamed(model: nn.Module, reach: Mapping[str, dict[tuple[int, str], str]]) -> list[str]:
+    """Take out of reach, and return, the linears whose names PEFT would take for those of fused experts."""
+    leaves = {name.rpartition(".")[2] for located in reach.values() for name in located.values()}
+    lost = {leaf for leaf in leaves if not takes_name(model, leaf)}
+    dropped = []
+    for located in reach.values():
+        for key in [key for key, name in located.items() if name.rpartition(".")[2] in lost]:
+            dropped.append(located.pop(key))
+    return dropped
 
 
 def _layers_used(model: nn.Module, layers: int) -> int:
@@ -277,10 +309,11 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _linears(model: nn.Module, layers: str) -> dict[str, nn.Module]:
-    """Linear modules of the decoder layers by full name, in the model's own order."""
-    return {
-        f"{layers}.{name}": module for name, module in model.get_submodule(layers).named_modules() if _is_linear(module)
-    }
+    """Linear modules of the decoder layers by full name, in the model's own order; routers among experts left out."""
+    stack = model.get_submodule(layers)
+    with_experts = layers_with_experts(stack)
+    found = {f"{layers}.{name}": module for name, module in stack.named_modules() if _is_linear(module)}
+    return {name: module for name, module in found.items() if not is_router(name, layers, with_experts)}
 
 
 def _components(linears: Iterable[str], layers: str) -> dict[tuple[int, str], str]:

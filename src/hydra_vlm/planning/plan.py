@@ -68,6 +68,8 @@ class Plan:
     phases: tuple[Phase, ...]
     data: DataSize
     manner: Manner
+    notes: tuple[str, ...] = ()
+    """What of the adapted layers LoRA leaves out. Experts are among the weights, but their FLOPs are not counted."""
 
     def phase(self, name: str) -> Phase:
         return next(phase for phase in self.phases if phase.name == name)
@@ -96,6 +98,7 @@ class Plan:
             "fits": self.fits,
             "data": self.data.source,
             "formula": flops.FORMULA,
+            "notes": list(self.notes),
         }
 
 

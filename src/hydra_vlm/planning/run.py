@@ -1,6 +1,7 @@
 """From a configuration to its plan: the model's numbers, the data's lengths, the device's memory."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def planner_of(config: Config, device: Device) -> Planner:
     def plan(changed: Config) -> Plan:
         if changed.data.max_length not in read:
             read[changed.data.max_length] = data_size(changed, processor, longest, mark)
-        return plan_of(changed, shape, read[changed.data.max_length], device)
+        found = plan_of(changed, shape, read[changed.data.max_length], device)
+        return replace(found, notes=source.parts.graph.notes)
 
     return plan
 

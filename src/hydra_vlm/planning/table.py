@@ -15,6 +15,7 @@ def plan_text(plan: Plan) -> str:
         f"trainable parameters: {trained} = {sum(plan.trained.values()):,} (any schedule under the budget: at most)",
         f"data: {plan.data.source}",
         *_packed(plan),
+        *(f"{note}; weights counted, FLOPs and activations not" for note in plan.notes),
         "",
         HEADER,
         *(_line(phase) for phase in plan.phases),
