@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "errors": (),
     "faults": ("errors",),
     "interruption": (),
+    "streams": (),
+    "door": ("errors", "faults", "files", "interruption", "processes", "run_folder", "streams"),
     "processes": ("errors",),
     "liveness": (),
     "ownership": ("errors", "liveness"),
@@ -51,6 +53,7 @@ MAY_IMPORT = {
     "records": ("benchmarks", "schedule"),
     "rankbench": (
         "allocation",
+        "door",
         "errors",
         "files",
         "graph",
@@ -60,6 +63,7 @@ MAY_IMPORT = {
         "records",
         "schedule",
         "search",
+        "streams",
     ),
     "run_folder": ("config", "errors", "files", "ownership", "processes", "reading"),
     "training": (
@@ -76,6 +80,7 @@ MAY_IMPORT = {
         "profile",
         "reading",
         "schedule",
+        "streams",
         "verification",
     ),
     "report": ("benchmarks", "errors", "files", "graph", "profile", "reading", "records", "schedule", "strict"),

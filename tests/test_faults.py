@@ -66,7 +66,7 @@ def spikes_without_end(place: Place) -> str:
 
 def isolated_spike(place: Place) -> str:
     seen: list[str] = []
-    place.patch.setattr("hydra_vlm.training.nonfinite.tell", seen.append)
+    place.patch.setattr("hydra_vlm.training.nonfinite.say", seen.append)
     place.spoil_loss({3}, float("nan"))
     assert place.train("training.skip_spikes=1").validation_loss > 0
     return "\n".join(seen)
@@ -316,7 +316,7 @@ def damaged(act: Callable[[Path], object]) -> Strike:
     def strike(place: Place) -> str:
         seen: list[str] = []
         act(from_stopped(place))
-        place.patch.setattr("hydra_vlm.training.guarded.tell", seen.append)
+        place.patch.setattr("hydra_vlm.training.guarded.say", seen.append)
         began: list[int] = []
         place.at_step(5, lambda found: began.append(found.state.global_step))
         place.train()

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from hydra_vlm import processes
-from hydra_vlm.errors import ConfigError, HydraError
-from hydra_vlm.faults import is_disk_full
-from hydra_vlm.interruption import Interrupted, ending_in_order
+from hydra_vlm.door import enter
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.interruption import Interrupted
+from hydra_vlm.streams import say, show
 from hydra_vlm.run_folder import RunFolder, owning
 
 app = typer.Typer(
@@ -100,7 +101,10 @@ def schedule(
 ) -> None:
     """Turn a budget and stages (or a measured profile) into ranks. Loads no torch."""
     from hydra_vlm.commands.schedule import make_schedule
+    from hydra_vlm.files import require_file_place, write_json
 
+    if out is not None:
+        require_file_place(out)
     made = make_schedule(
         graph=graph,
         rank=rank,
@@ -116,10 +120,8 @@ def schedule(
         seed=seed,
     )
     if out is not None:
-        from hydra_vlm.files import write_json
-
         write_json(out, made.to_json())
-    print(json.dumps(made.to_json()) if as_json else made.table())
+    show(json.dumps(made.to_json()) if as_json else made.table())
 
 
 @app.command()
@@ -154,7 +156,7 @@ def init(
     from hydra_vlm.commands.init import init_model
 
     done = init_model(folder, llm, vision, projector, preset, seed)
-    print(json.dumps(done.to_json()) if as_json else done.summary())
+    show(json.dumps(done.to_json()) if as_json else done.summary())
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -170,7 +172,7 @@ def pretrain(
     from hydra_vlm.pretrain import pretrain as run
 
     record = run(settings, out, _say)
-    print(json.dumps(record.to_json()) if as_json else record.summary())
+    show(json.dumps(record.to_json()) if as_json else record.summary())
     _say(f"model: {out / 'model'}")
 
 
@@ -187,7 +189,7 @@ def profile(
     from hydra_vlm.tune import profile as run
 
     measured = run(settings, out, _say)
-    print(json.dumps(measured.to_json()) if as_json else measured.table())
+    show(json.dumps(measured.to_json()) if as_json else measured.table())
     _say(f"profile: {RunFolder(out).profile}")
 
 
@@ -208,7 +210,7 @@ def train(
     from hydra_vlm.tune import train as run
 
     record = run(settings, out, schedule, seed, _say)
-    print(json.dumps(record.to_json()) if as_json else record.summary())
+    show(json.dumps(record.to_json()) if as_json else record.summary())
     _say(f"adapter and record: {RunFolder(out).trial(record.key)}")
 
 
@@ -255,8 +257,11 @@ def evaluate(
 ) -> None:
     """Answer and score benchmarks, with adapters or without."""
     from hydra_vlm.benchmarks.suite import asked_names
+    from hydra_vlm.files import require_place
 
     names = asked_names(benchmarks)
+    if write_reference is not None:
+        require_place(write_reference, "--write-reference")
     _quiet_transformers()
     from hydra_vlm.evaluation import EvaluationRequest, write_references
     from hydra_vlm.evaluation import evaluate as run
@@ -310,7 +315,7 @@ def worlds(
     """
     from hydra_vlm.commands.data import write_suite
 
-    print(write_suite(folder, seed))
+    show(write_suite(folder, seed))
 
 
 @data_app.command()
@@ -348,12 +353,12 @@ def check(
             _quiet_transformers()
         request = FileRequest(data, images, model, template, max_length, max_image_pixels)
         checked = check_data_file(request, out)
-        print(json.dumps(checked.to_json()) if as_json else checked.table())
+        show(json.dumps(checked.to_json()) if as_json else checked.table())
         if checked.bad:
             raise typer.Exit(1)
         return
     found = check_folder(data)
-    print(json.dumps([c.to_json() for c in found]) if as_json else "\n".join(c.summary() for c in found))
+    show(json.dumps([c.to_json() for c in found]) if as_json else "\n".join(c.summary() for c in found))
     if any(c.problem for c in found):
         raise typer.Exit(1)
 
@@ -376,7 +381,7 @@ def plan(
     from hydra_vlm.commands.plan import plan_config
 
     text, found = plan_config(settings, memory)
-    print(json.dumps(found) if as_json else text)
+    show(json.dumps(found) if as_json else text)
 
 
 @app.command(context_settings=_OVERRIDABLE)
@@ -452,7 +457,7 @@ def search(
 
                 run(settings, out, storage, _say)
         found = conclude(settings, out, storage)
-    print(json.dumps(found.to_json()) if as_json else found.table())
+    show(json.dumps(found.to_json()) if as_json else found.table())
     _say(f"all trials: {out / 'search.json'}; the best schedule and an adapter of it: {out / 'best'}")
 
 
@@ -501,7 +506,7 @@ def chat(
     from hydra_vlm.commands.chat import chat as ask
 
     image = Path(words[0]) if len(words) == 2 else None
-    print(ask(model, words[-1], image, adapter, template, max_new_tokens, device, decoder_pattern))
+    show(ask(model, words[-1], image, adapter, template, max_new_tokens, device, decoder_pattern))
 
 
 @app.command()
@@ -539,7 +544,7 @@ def export(
     from hydra_vlm.commands.export import run_export
 
     done = run_export(model, adapter, destination, form, rank, device, decoder_pattern)
-    print(json.dumps(done.to_json()) if as_json else done.summary())
+    show(json.dumps(done.to_json()) if as_json else done.summary())
 
 
 @app.command()
@@ -555,7 +560,7 @@ def devices(
     """
     from hydra_vlm.config import RECIPES
 
-    print(RECIPES / "accelerate" / f"{form}.yaml")
+    show(RECIPES / "accelerate" / f"{form}.yaml")
 
 
 @app.command()
@@ -594,7 +599,7 @@ def convert(
     from hydra_vlm.commands.convert import convert as run
 
     done = run(source, target, to, vision=vision, projector=projector, base=base)
-    print(json.dumps(done.to_json()) if as_json else done.summary())
+    show(json.dumps(done.to_json()) if as_json else done.summary())
 
 
 @contextmanager
@@ -615,9 +620,11 @@ def _report(run: Path, as_json: bool) -> None:
     from hydra_vlm.report.run import load_run
 
     comparison = compare(load_run(run))
-    write_json(run / "results.json", comparison.to_json())
-    page = write_report(run)
-    print(json.dumps(comparison.to_json()) if as_json else comparison.table())
+    try:
+        write_json(run / "results.json", comparison.to_json())
+        page = write_report(run)
+    finally:  # a table that cannot be kept is shown all the same
+        show(json.dumps(comparison.to_json()) if as_json else comparison.table())
     _say(f"report: {page}")
 
 
@@ -626,13 +633,13 @@ def _scores(scores: Any, as_json: bool) -> None:
     from hydra_vlm.benchmarks.suite import average
 
     if as_json:
-        print(json.dumps({label: [s.to_json() for s in found] for label, found in scores.items()}))
+        show(json.dumps({label: [s.to_json() for s in found] for label, found in scores.items()}))
         return
     for label, found in scores.items():
-        print("\n".join([f"{label}", *(f"  {score.summary()}" for score in found)]))
+        show("\n".join([f"{label}", *(f"  {score.summary()}" for score in found)]))
         mean = average(found)
         if mean is not None:
-            print(f"  average of the six, MME's perception / 20 among them: {mean:.2f}")
+            show(f"  average of the six, MME's perception / 20 among them: {mean:.2f}")
 
 
 def _config(first: str | None, rest: list[str], on_bad_row: str | None = None) -> Any:
@@ -660,31 +667,12 @@ def _quiet_transformers() -> None:
 def _say(line: str) -> None:
     """Progress goes to standard error, results to standard output; of several processes the first one speaks."""
     if processes.is_first():
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
-def main() -> None:
-    """Run the command line; an error the user can put right is one line, without a traceback."""
-    try:
-        with processes.one_voice(), ending_in_order():
-            processes.require_shared(sys.argv[1:], SHARED)
-            app()
-    except HydraError as problem:
-        _fail(str(problem), problem.code)
-    except Interrupted as stop:
-        _say(str(stop))
-        sys.exit(stop.code)
-    except Exception as problem:
-        if not is_disk_full(problem):
-            raise
-        _fail(f"no room on the disk ({problem}): make room and repeat the command")
-
-
-def _fail(message: str, code: int = processes.FAILED) -> NoReturn:
-    """End with an error; of several processes whoever meets it first says it."""
-    if processes.is_first_to_say(message):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def main() -> NoReturn:
+    """Run the command line; how a command ends is `door`'s."""
+    enter(app, lambda: processes.require_shared(sys.argv[1:], SHARED))
 
 
 if __name__ == "__main__":

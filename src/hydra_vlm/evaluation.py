@@ -26,7 +26,7 @@ from hydra_vlm.data.readers import Reader, SplicingReader, open_reader
 from hydra_vlm.data.templates import AUTO, require_template
 from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.faults import disk_full_told, out_of_memory_told
-from hydra_vlm.files import write_json, write_lines
+from hydra_vlm.files import require_place, write_json, write_lines
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.structure import TOWER
@@ -262,6 +262,7 @@ def _own_features(reader: Reader, adapter: Path | None) -> Reader:
 
 def _require_folder(out: Path, request: EvaluationRequest) -> None:
     """Raises RunFolderError when the folder holds another evaluation, or other files."""
+    require_place(out)
     if (out / "evaluation.json").is_file():
         before, asked = read_json(out / "evaluation.json"), request.to_json()
         changed = [key for key in asked if before.get(key) != asked[key]]

@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra_vlm.config import Config, flatten
 from hydra_vlm.errors import FileError, RunFolderError
-from hydra_vlm.files import write_json, write_text
+from hydra_vlm.files import require_place, write_json, write_text
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.processes import by_first
 from hydra_vlm.reading import read_yaml
@@ -79,6 +79,7 @@ def owning(path: Path, say: Callable[[str], None] | None = None) -> Iterator[Non
     """
 
     def enter() -> None:
+        require_place(path, alone=True)
         require_run_or_nothing(path)
         held.enter_context(owned(path, say=say))
 

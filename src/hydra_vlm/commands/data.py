@@ -10,7 +10,7 @@ from hydra_vlm.data.builtin import write_builtin
 from hydra_vlm.data.preflight import Checked as CheckedFile
 from hydra_vlm.data.preflight import check_file, check_reading, write_report
 from hydra_vlm.errors import DataError
-from hydra_vlm.files import require_free, whole_folder
+from hydra_vlm.files import require_free, require_place, whole_folder
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def check_data_file(request: FileRequest, out: Path | None) -> CheckedFile:
     Raises:
         HydraError: the file cannot be read to its end, or the model cannot be loaded.
     """
+    if out is not None:
+        require_place(out)
     checked = check_file(request.file, request.images, request.max_image_pixels)
     if request.model is not None:
         from transformers import AutoConfig

@@ -79,7 +79,9 @@ def run_workers(config: Config, out: Path, cards: Sequence[str | None], storage:
                 worker.wait()
             close_storage(opened)
     if codes and all(codes):
-        raise HydraError(running[-1].problem or f"the workers ended with exit codes {codes}")
+        failed = HydraError(running[-1].problem or f"the workers ended with exit codes {codes}")
+        failed.code = max(max(codes), HydraError.code)
+        raise failed
     for worker, code in zip(running, codes, strict=True):
         if code:
             say(f"worker {worker.number} ended with exit code {code}; the others did its work")

@@ -1,13 +1,14 @@
 """`python -m hydra_vlm.rankbench`: one command for each comparison, printing Markdown. Each is one library call."""
 
-import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 
-from hydra_vlm.errors import ConfigError, HydraError
+from hydra_vlm.door import enter
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.streams import show
 
 app = typer.Typer(
     help="RankBench: a table of real fine-tuning trials, on which performance models and searches are compared in "
@@ -41,6 +42,7 @@ def models(
     out: OutOption = None,
 ) -> None:
     """Cross-validate performance models (Table VIII) and draw their learning curves."""
+    _check(out)
     from hydra_vlm.performance_model.cross_validation import Plan
     from hydra_vlm.rankbench.models import compare_models, curve_sizes, known_models, report
     from hydra_vlm.rankbench.spread import paired
@@ -50,7 +52,7 @@ def models(
     plan = Plan(folds, tuple(range(draws)), curve_sizes(bench) if curve else ())
     chosen = known_models() if names == "all" else tuple(name.strip() for name in names.split(","))
     found = compare_models(bench, chosen, plan, inputs, target)
-    print(f"part {part}, inputs {inputs}, target {target}: {report(bench, found, target)}")
+    show(f"part {part}, inputs {inputs}, target {target}: {report(bench, found, target)}")
     _keep(out, found.to_json())
 
 
@@ -88,6 +90,7 @@ def samplers(
     out: OutOption = None,
 ) -> None:
     """Compare searches by regret after 8, 16 and 32 trials."""
+    _check(out)
     from hydra_vlm.rankbench.ground import surrogate_ground, table_ground
     from hydra_vlm.rankbench.samplers import Contest, contest, report, to_json
     from hydra_vlm.rankbench.table import load
@@ -103,8 +106,8 @@ def samplers(
     else:
         modelled = surrogate_ground(bench, space, seed, objective, part)
         said, courses = f"surrogate of part {part}", contest(modelled, asked, jobs)
-    print(f"{said}, space {space}, objective {objective}: {report(courses, asked)}")
-    print(f"\n{time.perf_counter() - start:.0f} s with {jobs} job{'s' * (jobs > 1)}.")
+    show(f"{said}, space {space}, objective {objective}: {report(courses, asked)}")
+    show(f"\n{time.perf_counter() - start:.0f} s with {jobs} job{'s' * (jobs > 1)}.")
     _keep(out, to_json(courses))
 
 
@@ -114,7 +117,7 @@ def spread(part: PartOption = "all", table: TableOption = None) -> None:
     from hydra_vlm.rankbench.spread import report
     from hydra_vlm.rankbench.table import load
 
-    print(f"part {part}\n\n{report(load(table).part(part))}")
+    show(f"part {part}\n\n{report(load(table).part(part))}")
 
 
 @app.command()
@@ -123,7 +126,7 @@ def datasheet(table: TableOption = None) -> None:
     from hydra_vlm.rankbench.datasheet import datasheet as sheet
     from hydra_vlm.rankbench.table import load
 
-    print(sheet(load(table)))
+    show(sheet(load(table)))
 
 
 @app.command()
@@ -143,7 +146,7 @@ def collect(
 
     bench = table_of(work, dict(map(_pair, fact or [])))
     bench.save(PACKAGED if out is None else out)
-    print(f"{PACKAGED if out is None else out}: {bench!r}")
+    show(f"{PACKAGED if out is None else out}: {bench!r}")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -174,6 +177,13 @@ def _settings(pairs: list[str]) -> Any:
     return PhiSettings(**changed)
 
 
+def _check(path: Path | None) -> None:
+    if path is not None:
+        from hydra_vlm.files import require_file_place
+
+        require_file_place(path)
+
+
 def _keep(path: Path | None, value: object) -> None:
     if path is not None:
         from hydra_vlm.files import write_json
@@ -181,13 +191,9 @@ def _keep(path: Path | None, value: object) -> None:
         write_json(path, value)
 
 
-def main() -> None:
-    """Run a command; an error that can be put right is one line."""
-    try:
-        app()
-    except HydraError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+def main() -> NoReturn:
+    """Run a command; how it ends is `door`'s."""
+    enter(app)
 
 
 if __name__ == "__main__":

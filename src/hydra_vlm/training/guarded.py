@@ -10,9 +10,9 @@ from hydra_vlm.errors import CheckpointError, DataError, HydraError
 from hydra_vlm.faults import disk_full_told, first_line, out_of_memory_told
 from hydra_vlm.interruption import Interrupted, held_back
 from hydra_vlm.processes import by_first
+from hydra_vlm.streams import say
 from hydra_vlm.training.checkpoints import kept, last_whole_checkpoint
 from hydra_vlm.training.interrupting import StopOnRequest
-from hydra_vlm.training.progress import tell
 from hydra_vlm.training.sharding import require_resumable
 
 Estimate = Callable[[], str]
@@ -30,7 +30,7 @@ def train_guarded(trainer: Any, folder: Path, settings: TrainingConfig, estimate
         OutOfMemoryError, DiskFullError, CheckpointError, DataError: with what is kept and what to do.
         Interrupted: after a checkpoint at the end of the step in which a signal came.
     """
-    whole = require_resumable(by_first(lambda: last_whole_checkpoint(folder, tell)))
+    whole = require_resumable(by_first(lambda: last_whole_checkpoint(folder, say)))
 
     def doing() -> str:
         return f"in optimizer step {trainer.state.global_step + 1}"

@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hydra_vlm.errors import TrainingError
 from hydra_vlm.files import write_json
+from hydra_vlm.streams import say
 from hydra_vlm.training.processes import any_process, from_all_processes
-from hydra_vlm.training.progress import tell
 
 Told = Callable[[int], dict[str, str]]
 
@@ -78,7 +78,7 @@ class FiniteSteps(TrainerCallback):
         path = self.folder / f"nonfinite-validation-{state.global_step}.json"
         write_json(path, {"step": state.global_step, "records": records})
         ids = _some([record["id"] for record in records])
-        tell(f"step {state.global_step}: the validation loss is no number, for that of {ids} is none; records: {path}")
+        say(f"step {state.global_step}: the validation loss is no number, for that of {ids} is none; records: {path}")
 
     def _write_down(self, state: TrainerState, seen: list[Any], norm: float, rate: float, stops: bool) -> None:
         """One step's file; then the error, or a line."""
@@ -104,7 +104,7 @@ class FiniteSteps(TrainerCallback):
         if stops:
             raise TrainingError(self._message(step, what, rate, [record["id"] for record in records], path))
         if state.is_world_process_zero:
-            tell(f"step {step}: {what}: left out ({self.in_a_row} in a row of at most {self.allowed}); records: {path}")
+            say(f"step {step}: {what}: left out ({self.in_a_row} in a row of at most {self.allowed}); records: {path}")
 
     def _message(self, step: int, what: str, rate: float, ids: list[str], path: Path) -> str:
         row = f", the last of {self.in_a_row} such steps in a row" if self.in_a_row > 1 else ""

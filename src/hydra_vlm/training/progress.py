@@ -1,20 +1,13 @@
 """What is seen of a training run: one progress bar with the loss beside it, and validation losses on the way."""
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 Watch = Callable[[int, float], None]
 """Told an optimizer step and the validation loss after it."""
-
-
-def tell(line: str) -> None:
-    """A line on standard error, above a bar that may be there."""
-    tqdm.write(line, file=sys.stderr)
 
 
 class LossProgress(ProgressCallback):
