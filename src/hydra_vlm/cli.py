@@ -13,8 +13,8 @@ from hydra_vlm import processes
 from hydra_vlm.door import enter
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.interruption import Interrupted
-from hydra_vlm.streams import say, show
 from hydra_vlm.run_folder import RunFolder, owning
+from hydra_vlm.streams import say, show
 
 app = typer.Typer(
     help="Hierarchical and dynamic rank adaptation for vision-language models: measure where low-rank capacity is "
