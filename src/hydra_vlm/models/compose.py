@@ -26,6 +26,7 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration, MobileVLMProcessor
 from hydra_vlm.models.mobilevlm.projector import PROJECTORS, build_projector
 from hydra_vlm.models.mobilevlm.towers import TOWERS, grid_side, tower_kind
+from hydra_vlm.models.whole import load_whole
 from hydra_vlm.reading import read_object
 
 _WITH_TOWER = ("clip", "siglip")  # whole image-text models; their `vision_model` is the tower
@@ -98,7 +99,7 @@ def load_decoder(path: Path) -> tuple[PreTrainedModel, Any]:
                 f"--llm {path} holds a model of type {config.model_type!r}, which is no text decoder: give the folder "
                 "of a causal language model such as LLaMA"
             )
-    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, **gguf)
+    decoder = load_whole(AutoModelForCausalLM, folder, dtype="auto", **gguf)
     for key in ("quantization_config", "_pre_quantization_dtype"):  # what is loaded is no longer quantised
         if gguf and hasattr(decoder.config, key):
             delattr(decoder.config, key)
@@ -126,7 +127,7 @@ def load_tower(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
             f"--vision {path} holds a model of type {config.model_type!r}, which is no known vision tower: use one of "
             f"{', '.join((*_WITH_TOWER, *TOWERS))}"
         )
-    loaded = AutoModel.from_pretrained(path, dtype="auto", trust_remote_code=False)
+    loaded: Any = load_whole(AutoModel, path, dtype="auto")
     return loaded.vision_model if config.model_type in _WITH_TOWER else loaded, _image_settings(path)
 
 

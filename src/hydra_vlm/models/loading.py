@@ -18,10 +18,10 @@ import hydra_vlm.models.mobilevlm  # noqa: F401  (registers MobileVLM with the A
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.graph import DECODER
 from hydra_vlm.models.mobilevlm.original_layout import is_original
-from hydra_vlm.models.processors import load_processor
+from hydra_vlm.models.processors import load_processor, require_own_processor
 from hydra_vlm.models.quantization import NONE, keep_trainable, quantized_loading, require_quantizable
 from hydra_vlm.models.structure import TOWER, ModelParts, find_parts
-from hydra_vlm.models.untrusted import refusing_code
+from hydra_vlm.models.whole import load_whole
 from hydra_vlm.reading import read_json
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -78,6 +78,11 @@ def resolve_model(name: str) -> Path:
             f"model {name!r} is a MobileVLM in its authors' layout: convert it once with "
             f"`hydra-vlm convert {name} NEW_FOLDER` and give the new folder"
         )
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model {name!r}: {folder} holds an adapter_config.json, so transformers would load an adapter with the "
+            "model: keep each in a folder of its own"
+        )
     return folder
 
 
@@ -100,6 +105,7 @@ def load_model(
 
     Raises:
         ConfigError: a model of a kind that cannot be loaded, a decoder that is not found, attention that is missing.
+        CheckpointError: the folder's weights are not what its configuration asks for, or its processor is another's.
     """
     folder, place = resolve_model(name), resolve_device(device)
     require_quantizable(quantization, place)
@@ -112,8 +118,7 @@ def load_model(
     kind = model_class(config)
     how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
     try:
-        with refusing_code(f"model {folder}"):
-            model = kind.from_pretrained(folder, dtype=weights, attn_implementation=attention, **how)
+        model: Any = load_whole(kind, folder, dtype=weights, attn_implementation=attention, **how)
     except ImportError as problem:
         raise ConfigError(f"attention={attention}: {str(problem).splitlines()[0]} Use auto, or install it") from None
     model = (model if how else model.to(place)).eval().requires_grad_(False)
@@ -122,7 +127,9 @@ def load_model(
     tower = model.get_submodule(parts.tower) if parts.tower else None
     if mixed and TOWER not in adapt and isinstance(tower, PreTrainedModel) and tower._supports_sdpa:
         tower.set_attn_implementation("sdpa")
-    return LoadedModel(model, load_processor(folder, config), parts)
+    processor = load_processor(folder, config)
+    require_own_processor(folder, processor, model)
+    return LoadedModel(model, processor, parts)
 
 
 def model_configuration(folder: Path) -> PreTrainedConfig:

@@ -13,7 +13,7 @@ from transformers.processing_utils import transformers_module
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.errors import CheckpointError, ConfigError
 from hydra_vlm.reading import read_object
 
 
@@ -49,6 +49,35 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> Any:
             f"{folder} holds no processor that can be loaded ({problem}): put the files of its tokenizer and image "
             "processor beside config.json"
         ) from None
+
+
+def require_own_processor(folder: Path, processor: Any, model: Any) -> None:
+    """Every token that the processor can write has a row in the model's embeddings, and both mean the same image token.
+
+    An image token may lie behind the embeddings: features take its place before anything is looked up.
+
+    Raises:
+        CheckpointError: the tokenizer knows more tokens than the model, or another image token.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rows = model.get_input_embeddings().weight.shape[0]
+    image = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows and number != image}
+    if beyond:
+        token = min(beyond, key=lambda each: beyond[each])
+        raise CheckpointError(
+            f"model {folder}: its tokenizer writes {token!r} as {beyond[token]}, its embeddings have rows 0 to "
+            f"{rows - 1}: the tokenizer is another model's. Put the model's own beside config.json, or resize the "
+            "model's embeddings and save it again."
+        )
+    # Gemma 3's processor means the mark that opens an image by this name, its tokenizer the image's own.
+    named = [getattr(each, "image_token_id", None) for each in (processor, tokenizer)]
+    theirs = [number for number in named if isinstance(number, int)]
+    if isinstance(image, int) and theirs and image not in theirs:
+        raise CheckpointError(
+            f"model {folder}: config.json names {image} as the image token, the processor writes "
+            f"{theirs[0]}: they are of two models. Put the model's own processor beside config.json."
+        )
 
 
 def _without_video(processor_class: type[ProcessorMixin], folder: Path) -> Any:

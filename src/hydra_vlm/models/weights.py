@@ -1,7 +1,8 @@
 """Stored weights, read without filling memory: tensors are mapped from their files and come in when they are used.
 
 A folder holds `model.safetensors` or `pytorch_model.bin`, or either in shards, with an index or without. Files of
-torch are read with `weights_only`, so nothing in them can run.
+torch are read with `weights_only`, so nothing in them can run. Which file is taken where there are several is
+transformers' order, so that what is checked here is what it loads.
 """
 
 import pickle
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hydra_vlm.errors import CheckpointError
+from hydra_vlm.errors import CheckpointError, FileError
 from hydra_vlm.files import write_json
 from hydra_vlm.reading import read_json
 
@@ -27,14 +28,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files with a model's weights in a folder, safetensors first; empty where there are none.
 
     Raises:
-        CheckpointError: a shard is missing.
+        CheckpointError: a shard is missing, or the index is damaged.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            return _all_there([folder / name for name in sorted(set(read_json(index)["weight_map"].values()))])
         if (folder / f"{stem}.{suffix}").is_file():
             return (folder / f"{stem}.{suffix}",)
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            return _all_there([folder / name for name in _indexed(index)])
         shards = sorted(path for path in folder.glob(f"{stem}-*.{suffix}") if _SHARD.search(path.name))
         if shards:
             count = _SHARD.search(shards[0].name).group(2)  # type: ignore[union-attr]
@@ -71,13 +72,17 @@ def read_file(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         tensors = _load(path)
     except (OSError, EOFError, RuntimeError, SafetensorError) as problem:
-        raise CheckpointError(f"{path} cannot be read: {str(problem).splitlines()[0]}.") from problem
+        raise CheckpointError(f"{path} cannot be read ({str(problem).splitlines()[0]}): fetch it again.") from problem
     except pickle.UnpicklingError as problem:
         raise CheckpointError(
             f"{path} holds more than tensors, and loading it could run code: save its state dict by itself."
         ) from problem
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} is not a state dict: it must hold tensors by name and nothing else.")
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(value, Tensor) and value.layout == torch.strided for value in tensors.values()
+    ):
+        raise CheckpointError(
+            f"{path} is not a state dict: it must hold dense tensors by name and nothing else. Save it again."
+        )
     return dict(tensors)
 
 
@@ -106,6 +111,24 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     mode = path.stat().st_mode  # safetensors makes files that their owner alone may read
     save_file(_apart(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three names and how many more."""
+    every = list(names)
+    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names; they lie beside it."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        inside = bool(names) and all(Path(name).name == name for name in names)
+    except (FileError, KeyError, TypeError, AttributeError):
+        inside = False
+    if not inside:
+        raise CheckpointError(f"{index} is no index of weights: it must name files beside it. Fetch or save it again.")
+    return names
 
 
 def _all_there(files: list[Path]) -> tuple[Path, ...]:

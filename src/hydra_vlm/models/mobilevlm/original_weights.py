@@ -3,7 +3,7 @@
 Names and shapes are compared with a model on the meta device, so a check costs neither time nor memory.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from hydra_vlm.models.mobilevlm import original_layout as layout
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.modeling import MobileVLMForConditionalGeneration
 from hydra_vlm.models.mobilevlm.original_lora import LowRank, read_lora
-from hydra_vlm.models.weights import read_file, read_weights, weight_files
+from hydra_vlm.models.weights import few, read_file, read_weights, weight_files
+from hydra_vlm.models.whole import integer_buffers, require_sound
 
 
 @dataclass
@@ -49,12 +50,16 @@ class Parts:
 
 def expected_shapes(config: MobileVLMConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a model of this configuration stores; a tied head is stored once."""
-    with torch.device("meta"):
-        model = MobileVLMForConditionalGeneration(config)
+    model = _without_weights(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def _without_weights(config: MobileVLMConfig) -> MobileVLMForConditionalGeneration:
+    with torch.device("meta"):
+        return MobileVLMForConditionalGeneration(config)
 
 
 def gather(source: Path, base: Path | None, projector: Path | None, vision: Path | None) -> Parts:
@@ -81,7 +86,7 @@ def gather(source: Path, base: Path | None, projector: Path | None, vision: Path
 
 
 def require_complete(parts: Parts, config: MobileVLMConfig, source: Path) -> None:
-    """Every tensor of the model is there with its shape, and nothing else is."""
+    """Every tensor of the model is there with its shape, finite and of its kind, and nothing else is."""
     expected = expected_shapes(config)
     if config.tie_word_embeddings and parts.weights.pop("lm_head.weight", None) is not None:
         parts.left.append(parts.origins["lm_head.weight"])
@@ -98,20 +103,16 @@ def require_complete(parts: Parts, config: MobileVLMConfig, source: Path) -> Non
             problems.append(f"it holds no weights of {what}: give {option}")
             missing = [name for name in missing if not name.startswith(prefix)]
     if missing:
-        problems.append(f"{_few(map(layout.their_name, missing))} missing")
+        problems.append(f"{few(map(layout.their_name, missing))} missing")
     if extra:
-        problems.append(f"{_few(parts.origins[name] for name in extra)} not part of this model")
+        problems.append(f"{few(parts.origins[name] for name in extra)} not part of this model")
     if wrong:
         seen = (f"{parts.origins[name]} {shapes[name]} instead of {expected[name]}" for name in wrong)
-        problems.append(f"of another shape than config.json says: {_few(seen)}")
+        problems.append(f"of another shape than config.json says: {few(seen)}")
     if problems:
         raise CheckpointError(f"{source} is not the MobileVLM that its config.json describes: {'; '.join(problems)}.")
-
-
-def _few(names: Iterable[str]) -> str:
-    """The first three names and how many more."""
-    every = list(names)
-    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
+    updates = {f"{name}, LoRA {m}": getattr(update, m) for name, update in parts.updates.items() for m in "ab"}
+    require_sound(parts.weights | updates, str(source), integer_buffers(_without_weights(config)))
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
