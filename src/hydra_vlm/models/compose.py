@@ -99,18 +99,24 @@ def load_decoder(path: Path) -> tuple[PreTrainedModel, Any]:
                 f"--llm {path} holds a model of type {config.model_type!r}, which is no text decoder: give the folder "
                 "of a causal language model such as LLaMA"
             )
+        with torch.device("meta"):
+            _require_like_llama(AutoModelForCausalLM.from_config(config), path)
     decoder = load_whole(AutoModelForCausalLM, folder, dtype="auto", **gguf)
     for key in ("quantization_config", "_pre_quantization_dtype"):  # what is loaded is no longer quantised
         if gguf and hasattr(decoder.config, key):
             delattr(decoder.config, key)
-    if not hasattr(decoder.base_model, "embed_tokens"):
-        raise ConfigError(
-            f"--llm {path}: {type(decoder).__name__} is not built like LLaMA (no embed_tokens): use a decoder that is"
-        )
+    _require_like_llama(decoder, path)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
     if not tokenizer.is_fast:
         raise ConfigError(f"--llm {path} holds no fast tokenizer: save its tokenizer.json there")
     return decoder, tokenizer
+
+
+def _require_like_llama(decoder: PreTrainedModel, path: Path) -> None:
+    if not hasattr(decoder.base_model, "embed_tokens"):
+        raise ConfigError(
+            f"--llm {path}: {type(decoder).__name__} is not built like LLaMA (no embed_tokens): use a decoder that is"
+        )
 
 
 def load_tower(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -7,6 +7,8 @@ transformers' order, so that what is checked here is what it loads.
 
 import pickle
 import re
+import stat
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -75,7 +77,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({str(problem).splitlines()[0]}): fetch it again.") from problem
     except pickle.UnpicklingError as problem:
         raise CheckpointError(
-            f"{path} holds more than tensors, and loading it could run code: save its state dict by itself."
+            f"{path} holds more than tensors, and loading it could run code: get it as safetensors, or save its state "
+            "dict by itself."
         ) from problem
     if not isinstance(tensors, Mapping) or not all(
         isinstance(value, Tensor) and value.layout == torch.strided for value in tensors.values()
@@ -98,7 +101,7 @@ def write_weights(
     limit = min(_LARGEST_SHARD, max(total // 16, _SMALLEST_SHARD)) if finish else _LARGEST_SHARD
     split = split_torch_state_dict_into_shards(dict(weights), max_shard_size=limit)
     for filename, names in split.filename_to_tensors.items():
-        _write_shard(
+        write_tensors(
             folder / filename, {name: finish(name, weights[name]) if finish else weights[name] for name in names}
         )
     if split.is_sharded:
@@ -106,11 +109,21 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # safetensors makes files that their owner alone may read
-    save_file(_apart(tensors), path, metadata={"format": "pt"})
-    path.chmod(mode)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file, readable as the umask says."""
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    save_file(_apart(on_cpu), path, metadata={"format": "pt", **(metadata or {})})
+    as_umask_says(path)
+
+
+def as_umask_says(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode of a file made here: safetensors makes theirs for the owner."""
+    with tempfile.TemporaryDirectory(dir=path if path.is_dir() else path.parent) as scratch:
+        probe = Path(scratch) / "mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+    for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
+        file.chmod(stat.S_IMODE(mode))
 
 
 def few(names: Iterable[str]) -> str:
