@@ -198,7 +198,7 @@ def train(
     context: typer.Context,
     config: ConfigArgument = None,
     schedule: Annotated[
-        str, typer.Option(help="A schedule.json, an allocator's name (uniform needs no profile), or full.")
+        str, typer.Option(help="A schedule.json, an allocator's name (uniform needs no profile), adapter, or full.")
     ] = "uniform",
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),

@@ -96,6 +96,11 @@ class ScalingConfig(_Section):
 class TrainingConfig(_Section):
     """Stage II: LoRA in the decoder plus the projector, frozen tower, AdamW, cosine with warm-up."""
 
+    start_from: Path | None = Field(
+        None,
+        description="the folder of an adapter to go on from, ours or PEFT's plain LoRA of the same base; its updates "
+        "are resized to each schedule's ranks, or keep their own with the schedule `adapter`",
+    )
     steps: int | None = Field(180, gt=0, description="optimizer steps (null: as many as `epochs` take)")
     epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(4e-3, gt=0)

@@ -36,6 +36,8 @@ def pretrain(config: Config, out: Path, say: Say = print) -> TrialRecord:
         HydraError: a template other than `plain`, a model without projector, or what `prepare_study` finds wrong.
     """
     require_frugality(config, trains_base=True)
+    if config.training.start_from is not None:
+        raise ConfigError("training.start_from is for LoRA: stage I trains the projector alone, so leave the key out")
     config = stage_one(config)
     with owning(out, say):
         return _pretrain(config, out, say)

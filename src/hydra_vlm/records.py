@@ -13,7 +13,8 @@ class TrialRecord:
 
     `schedule` is None for full fine-tuning and for the model as it came (`name` "zero-shot"). `trained` counts the
     trained parameters by part ("lora", "projector", "decoder"). Losses are (optimizer step, mean loss) pairs;
-    `validation_loss` is the mean over supervised tokens of the validation records after the last step.
+    `validation_loss` is the mean over supervised tokens of the validation records after the last step. `started_from`
+    is the SHA-256 of the adapter that training went on from.
     """
 
     name: str
@@ -24,6 +25,7 @@ class TrialRecord:
     validation_loss: float
     scores: tuple[Score, ...]
     seconds: float
+    started_from: str | None = None
 
     @property
     def key(self) -> str:
@@ -50,6 +52,7 @@ class TrialRecord:
             "validation_loss": self.validation_loss,
             "scores": [score.to_json() for score in self.scores],
             "seconds": self.seconds,
+            **({"started_from": self.started_from} if self.started_from else {}),
         }
 
     @classmethod
@@ -64,4 +67,5 @@ class TrialRecord:
             validation_loss=data["validation_loss"],
             scores=tuple(Score.from_json(s) for s in data["scores"]),
             seconds=data["seconds"],
+            started_from=data.get("started_from"),
         )

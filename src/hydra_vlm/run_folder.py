@@ -62,6 +62,11 @@ class RunFolder:
     def graph(self) -> Path:
         return self.path / "graph.json"
 
+    @property
+    def start(self) -> Path:
+        """The digest of the adapter that the run starts from."""
+        return self.path / "start.json"
+
     def schedule(self, name: str) -> Path:
         return self.path / "schedules" / f"{name}.json"
 

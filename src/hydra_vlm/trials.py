@@ -43,6 +43,7 @@ from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, open_run
 from hydra_vlm.schedule import RankSchedule, Scaling
+from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_same_start
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.progress import Watch
@@ -55,6 +56,7 @@ from hydra_vlm.training.recipe import (
     finetune,
     prepare,
     resolve_bf16,
+    start_of,
     trains_projector,
 )
 from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, require_gradients, training_device
@@ -75,6 +77,7 @@ class Study:
     data: InstructionData
     tasks: tuple[Task, ...]
     base: LoadedModel
+    start: Start | None = None
 
     def fresh_model(self) -> LoadedModel:
         """The model loaded anew, for training that changes its own weights."""
@@ -96,8 +99,9 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
         HydraError: a bad key, record, image, budget, stage count or folder, before anything is trained.
     """
     for name in config.schedules:
-        if name not in ALLOCATORS and name != FULL:
-            raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL])}")
+        if name not in ALLOCATORS and name not in (FULL, OWN):
+            raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL, OWN])}")
+        require_start(config, name)
     require_template(config.data.template)
     require_frugality(config, trains_base=FULL in config.schedules)
     loaded = open_model(config)
@@ -110,16 +114,32 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
             f"allocation.n_stages {config.allocation.n_stages} exceeds the {longest} layers that can be told apart",
             nearest=f"Lower it to {longest} or less.",
         )
+    start = start_of(loaded, config.training)
+    if start is not None and OWN in config.schedules:
+        own_schedule(start, loaded.parts, resolve_budget(graph, config).parameters, scaling_of(config))
     require_trackers(config.training.trackers)
     bf16 = resolve_bf16(config.training, training_device(loaded.model))
-    say("\n".join([batch_arithmetic(config.training), *graph.notes]))
+    say("\n".join([batch_arithmetic(config.training), *graph.notes, *([start.summary()] if start else [])]))
     place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
     folder = by_first(lambda: open_run(out, config, environment(place, precision)))
     by_first(lambda: write_json(folder.graph, graph.to_json()))
+    if start is not None:
+        by_first(partial(require_same_start, start, folder.start))
     train, validation, tasks = by_first(lambda: _records(config, folder))
     by_first(lambda: write_examples(folder.path, tasks))
     data = in_turn(lambda: _encode(loaded, config, reader, train, validation, tasks, folder, say))
-    return Study(config, folder, graph, data, tasks, loaded)
+    return Study(config, folder, graph, data, tasks, loaded, start)
+
+
+def require_start(config: Config, name: str) -> None:
+    """Raises ConfigError for a schedule that needs an adapter to start from, or one that has no use for it."""
+    if name == OWN and config.training.start_from is None:
+        raise ConfigError(f"schedule {OWN!r} has the ranks of the adapter in training.start_from: set that key, too")
+    if name == FULL and config.training.start_from is not None:
+        raise ConfigError(
+            f"schedule {FULL!r} trains the decoder itself and has no adapter to begin with: merge the one in "
+            "training.start_from (hydra-vlm export --form merged), and give the merged model"
+        )
 
 
 def open_model(config: Config) -> LoadedModel:
@@ -215,6 +235,11 @@ def run_trial(
     if before is not None:
         return before
     say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
+    start = study.start if schedule is not None else None
+    if start is not None and schedule is not None:
+        share = kept_share(start, schedule, study.base.parts)
+        if share < 1 - 1e-6:
+            say(f"{name} keeps {share:.2%} of the adapter that it starts from, in squared norm")
     started = time.monotonic()
     settings = study.config.training
     if learning_rate is not None:
@@ -230,6 +255,7 @@ def run_trial(
         validation_loss=done.validation_loss,
         scores=scores,
         seconds=time.monotonic() - started,
+        started_from=start.digest if start is not None else None,
     )
     by_first(lambda: _keep_record(record, folder))
     return record

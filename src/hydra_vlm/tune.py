@@ -18,6 +18,7 @@ from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, owning
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.starting import OWN, own_schedule
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
 from hydra_vlm.trials import (
@@ -26,6 +27,7 @@ from hydra_vlm.trials import (
     Study,
     measure_profile,
     prepare_study,
+    require_start,
     resolve_budget,
     run_trial,
     scaling_of,
@@ -63,11 +65,20 @@ def profile(config: Config, out: Path, say: Say = print) -> GradientNormProfile:
 def allocate_all(study: Study, profile: GradientNormProfile) -> dict[str, RankSchedule]:
     """Every schedule asked for, under the same budget; "full" has none."""
     request = allocation_request(study.config, study.graph, profile)
-    wanted = [name for name in study.config.schedules if name != FULL]
+    wanted = [name for name in study.config.schedules if name not in (FULL, OWN)]
     schedules = {name: replace(allocate(name, request), name=name) for name in wanted}
+    if OWN in study.config.schedules:
+        schedules[OWN] = own_ranks(study)
     for name, schedule in schedules.items():
         by_first(partial(write_json, study.folder.schedule(name), schedule.to_json()))
     return schedules
+
+
+def own_ranks(study: Study) -> RankSchedule:
+    """The schedule of the adapter that the run starts from; raises BudgetError when it is beyond the budget."""
+    require_start(study.config, OWN)
+    assert study.start is not None
+    return own_schedule(study.start, study.base.parts, study.budget.parameters, scaling_of(study.config))
 
 
 def allocation_request(
@@ -90,18 +101,22 @@ def allocation_request(
 
 
 def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSchedule | None]:
-    """Name and schedule for `wish`: a schedule file, an allocator's name, or "full" (no schedule).
+    """Name and schedule for `wish`: a schedule file, an allocator's name, "adapter", or "full" (no schedule).
 
     Allocators that need a profile measure it first.
     """
     if wish == FULL:
+        require_start(study.config, wish)
         require_frugality(study.config, trains_base=True)
         return FULL, None
     if Path(wish).is_file():
         schedule = read_schedule(wish)
         require_schedule_fits(schedule, study.graph)
         return schedule.name, schedule
-    profile = None if wish in ("uniform", "random") else measure_profile(study, say)
-    schedule = allocate(wish, allocation_request(study.config, study.graph, profile))
+    if wish == OWN:
+        schedule = own_ranks(study)
+    else:
+        profile = None if wish in ("uniform", "random") else measure_profile(study, say)
+        schedule = allocate(wish, allocation_request(study.config, study.graph, profile))
     by_first(lambda: write_json(study.folder.schedule(schedule.name), schedule.to_json()))
     return schedule.name, schedule

@@ -25,6 +25,7 @@ from hydra_vlm.models.loading import LoadedModel
 from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.processes import count
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.starting import Start, begin, read_start
 from hydra_vlm.training.even_batches import WithBlanks, blanking
 from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
 from hydra_vlm.training.guarded import Estimate, train_guarded
@@ -60,9 +61,13 @@ class Finetuned:
 
 
 def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: TrainingConfig, seed: int) -> nn.Module:
-    """Freeze all, then open what is trained: the schedule's adapter, or (None) the whole decoder; the projector."""
+    """Freeze all, then open what is trained: the schedule's adapter, or (None) the whole decoder; the projector.
+
+    With `settings.start_from`, adapter and projector begin as that adapter's, brought to the schedule's ranks.
+    """
     model, parts = loaded.model, loaded.parts
     model.requires_grad_(False)
+    start = start_of(loaded, settings) if schedule is not None else None
     if schedule is None:
         model.get_submodule(parts.decoder).requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
@@ -70,7 +75,16 @@ def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: Traini
         model = attach(model, schedule, parts, seed=seed, dropout=settings.dropout)
     if parts.projector is not None and (schedule is None or trains_projector(parts)):
         train_in_float32(loaded.model.get_submodule(parts.projector))
+    if start is not None and schedule is not None:
+        begin(start, cast(PeftModel, model), schedule, parts)
     return model
+
+
+def start_of(loaded: LoadedModel, settings: TrainingConfig) -> Start | None:
+    """The adapter that training starts from, read and checked; None where there is none."""
+    if settings.start_from is None:
+        return None
+    return read_start(settings.start_from, loaded.model, loaded.parts, trains_projector(loaded.parts))
 
 
 @contextmanager
