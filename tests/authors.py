@@ -51,7 +51,7 @@ def authors_config(version: str, **changes: Any) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
-        "mm_vision_tower": "../tower",
+        "mm_vision_tower": "tower",
         "model_type": "mobilevlm",
         "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS,
@@ -147,7 +147,7 @@ def authors_shapes(version: str) -> dict[str, tuple[int, ...]]:
 
 
 def write_tower_config(folder: Path) -> None:
-    """The tower's settings where `mm_vision_tower` "../tower" of a checkpoint in `folder` leads to."""
+    """The tower's settings where `mm_vision_tower` "tower" of a checkpoint in `folder` leads to."""
     (folder / "tower").mkdir(parents=True, exist_ok=True)
     (folder / "tower" / "config.json").write_text(json.dumps(TOWER))
 
@@ -155,9 +155,9 @@ def write_tower_config(folder: Path) -> None:
 def save_authors(
     folder: Path, version: str, weights: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None
 ) -> Path:
-    """A checkpoint as pytorch_model.bin, with its tower's settings beside the folder."""
+    """A checkpoint as pytorch_model.bin, with its tower's settings in a folder within."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tower_config(folder.parent)
+    write_tower_config(folder)
     (folder / "config.json").write_text(json.dumps(config or authors_config(version)))
     torch.save(fill(authors_shapes(version)) if weights is None else weights, folder / "pytorch_model.bin")
     return folder

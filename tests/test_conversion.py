@@ -26,7 +26,6 @@ from authors import (
     save_authors,
     theirs_in,
     tower_shapes,
-    write_tower_config,
 )
 from hydra_vlm.commands.convert import convert
 from hydra_vlm.errors import CheckpointError, ConfigError, RunFolderError
@@ -201,7 +200,7 @@ def test_a_configuration_that_does_not_fit(changes: dict[str, Any], error: type,
 
 def test_a_grid_on_which_the_reference_pools_otherwise_is_refused(tmp_path: Path) -> None:
     source = save_authors(tmp_path / "theirs", "v2")
-    (tmp_path / "tower" / "config.json").write_text(json.dumps(TOWER | {"image_size": 224}))
+    (source / "tower" / "config.json").write_text(json.dumps(TOWER | {"image_size": 224}))
     refused("LDPv2 pools to 12 x 12 .* this tower has 16 x 16", source, tmp_path / "ours", ConfigError)
 
 
@@ -306,7 +305,6 @@ def test_bfloat16_and_the_meta_device(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
-    write_tower_config(tmp_path)
     config = authors_config("v2", tie_word_embeddings=True)
     source = save_authors(tmp_path / "theirs", "v2", config=config)
     done = to_hydra(source, tmp_path / "ours")

@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -437,9 +438,11 @@ def search(
     workers may join at any time (`hydra-vlm worker`). Started again after it was stopped or killed, the same command
     goes on; with more --trials, so does a finished search.
     """
-    asked = {"search.trials": trials, "search.sampler": sampler, "data.on_bad_row": on_bad_row}
     settings = _config(
-        config, [*context.args, *(f"{key}={value}" for key, value in asked.items() if value is not None)]
+        config,
+        context.args,
+        on_bad_row,
+        {"search.trials": ("--trials", trials), "search.sampler": ("--sampler", sampler)},
     )
     from hydra_vlm.commands.search import asked_workers, run_workers
     from hydra_vlm.findings import conclude
@@ -642,16 +645,27 @@ def _scores(scores: Any, as_json: bool) -> None:
             show(f"  average of the six, MME's perception / 20 among them: {mean:.2f}")
 
 
-def _config(first: str | None, rest: list[str], on_bad_row: str | None = None) -> Any:
-    """The configuration of a command that loads a model; transformers' own bars and notices are turned off."""
-    from hydra_vlm.config import load_config, split_overrides
+def _config(
+    first: str | None,
+    rest: list[str],
+    on_bad_row: str | None = None,
+    options: Mapping[str, tuple[str, Any]] = MappingProxyType({}),
+) -> Any:
+    """The configuration of a command that loads a model; transformers' own bars and notices are turned off.
 
-    rest = [*rest, f"data.on_bad_row={on_bad_row}"] if on_bad_row else rest
+    `options` are a command's own ways to say a key: key -> option and its value (None: not given).
+    """
+    from hydra_vlm.config import Override, load_config, split_overrides
+
     words = [first, *rest] if first else rest
     path = None
     if first and "=" not in first and not first.startswith("--"):
         path, words = Path(first), rest
-    config = load_config(path, split_overrides(words))
+    said = {**options, "data.on_bad_row": ("--on-bad-row", on_bad_row)}
+    named = [
+        Override(key, str(value), f"option {name} {value}") for key, (name, value) in said.items() if value is not None
+    ]
+    config = load_config(path, [*split_overrides(words), *named])
     _quiet_transformers()
     processes.join(config.device)
     return config

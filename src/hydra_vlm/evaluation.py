@@ -30,6 +30,7 @@ from hydra_vlm.files import require_place, write_json, write_lines
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.structure import TOWER
+from hydra_vlm.names import file_name
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import environment
@@ -81,7 +82,7 @@ class EvaluationRequest:
             label, number = name, 2
             while label in named:
                 label, number = f"{name}-{number}", number + 1
-            named[label] = adapter
+            named[file_name(label, f"adapter {adapter}: folder")] = adapter
         return named
 
     def to_json(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from hydra_vlm.config import Config, flatten
 from hydra_vlm.errors import FileError, RunFolderError
 from hydra_vlm.files import require_place, write_json, write_text
+from hydra_vlm.names import file_name
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.processes import by_first
 from hydra_vlm.reading import read_yaml
@@ -68,10 +69,12 @@ class RunFolder:
         return self.path / "start.json"
 
     def schedule(self, name: str) -> Path:
-        return self.path / "schedules" / f"{name}.json"
+        """A schedule's file; raises ConfigError for a name that no file may have (a schedule may come from a file)."""
+        return self.path / "schedules" / f"{file_name(name, 'schedule')}.json"
 
     def trial(self, key: str) -> Path:
-        return self.path / "trials" / key
+        """A trial's folder; raises ConfigError as `schedule` does."""
+        return self.path / "trials" / file_name(key, "trial")
 
 
 @contextmanager

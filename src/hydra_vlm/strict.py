@@ -6,6 +6,7 @@ checks that it is finite. No torch.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -141,8 +142,47 @@ def _depth(value: Any) -> int:
     return deepest
 
 
+_PLAIN = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+)
+"""What a plain word of YAML stands for: the core of YAML 1.2. By 1.1, PyYAML's, 1e-3 is a text, no is false, 010 is 8,
+1:30 is 90."""
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    found: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for kind, form, first in _PLAIN:
+        for character in first:
+            found.setdefault(character, []).append((f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{form})\Z")))
+    return found
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """PyYAML's safe loader, in C where it was built with libyaml."""
+    """PyYAML's safe loader, in C where it was built with libyaml, with plain words as YAML 1.2 reads them."""
+
+    yaml_implicit_resolvers = _resolvers()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that a reader of either YAML would take for something else."""
+
+
+for _first, _forms in _resolvers().items():
+    for _tag, _form in _forms:
+        _Dumper.add_implicit_resolver(_tag, _form, [_first])
+
+
+def dump_yaml(value: Any) -> str:
+    """The value as YAML that `parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -13,6 +13,7 @@ from hydra_vlm.config import Config
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import read_schedule, require_schedule_fits
+from hydra_vlm.names import file_name
 from hydra_vlm.processes import by_first
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
@@ -112,7 +113,7 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
     if Path(wish).is_file():
         schedule = read_schedule(wish)
         require_schedule_fits(schedule, study.graph)
-        return schedule.name, schedule
+        return file_name(schedule.name, f"{wish}: schedule"), schedule
     if wish == OWN:
         schedule = own_ranks(study)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_vlm.errors import DataError, FileError
+from hydra_vlm.names import below
 from hydra_vlm.reading import TABLE, read_json, read_json_lines
 
 _SHOWN = 10  # how many missing images one error lists
@@ -26,6 +27,15 @@ def require(root: Path, names: Sequence[str], source: str) -> Path:
     if found is None:
         raise DataError(f"{root} has no {' or '.join(names)}. {source}")
     return found
+
+
+def image_path(images: Path, name: object) -> str:
+    """The image of this name, as a benchmark's file gives it, in the folder `images`.
+
+    Raises:
+        DataError: the name is no path, or leaves the folder.
+    """
+    return str(below(images, name, "image", DataError))
 
 
 def require_images(paths: Iterable[Path | str], source: str) -> None:

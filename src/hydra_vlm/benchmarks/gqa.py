@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra_vlm.benchmarks.folder import (
-    first_of,
+    image_path,
     read_lines,
     read_object,
     reference_answer,
@@ -58,12 +58,12 @@ class GQA:
         truth = _read_truth(path)
         images = require(root, _IMAGES, self.source)
         rows = _read_rows(root / _QUESTIONS, path, truth, self.source) if (root / _QUESTIONS).exists() else {}
-        names = {row["imageId"] for row in truth.values()}
+        names = {str(row["imageId"]) for row in truth.values()}
         pictures = {name: _picture(images, name) for name in names}
         examples = [
             Example(
                 id=id,
-                image=str(images / rows[id]["image"] if id in rows else pictures[row["imageId"]]),
+                image=image_path(images, rows[id]["image"]) if id in rows else pictures[str(row["imageId"])],
                 question=_wording(rows[id]["text"]) if id in rows else f"{row['question'].strip()}\n{SHORT_ANSWER}",
                 answers=(row["answer"],),
                 group="open" if row["types"]["structural"] == "query" else "binary",
@@ -156,6 +156,7 @@ def _wording(text: Any) -> str:
     return str(text).replace("<image>", "").strip()
 
 
-def _picture(images: Path, name: str) -> Path:
+def _picture(images: Path, name: object) -> str:
     """The file of an image id: .jpg as released, or .png."""
-    return first_of(images, [f"{name}.jpg", f"{name}.png"]) or images / f"{name}.jpg"
+    jpg, png = (image_path(images, f"{name}{suffix}") for suffix in (".jpg", ".png"))
+    return png if Path(png).is_file() and not Path(jpg).is_file() else jpg

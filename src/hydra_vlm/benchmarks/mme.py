@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from hydra_vlm.benchmarks.folder import (
     first_of,
+    image_path,
     read_lines,
     reference_answer,
     require_images,
@@ -226,7 +227,9 @@ def _read_release(release: Path, source: str) -> list[_Line]:
         if not files:
             raise DataError(f"{folder} has no txt file with questions and answers. {source}")
         for path in files:
-            lines += _read_pair(path, category, images.get(path.stem, pictures / f"{path.stem}.*"))
+            found = images.get(path.stem)
+            image = Path(image_path(pictures, found.name)) if found else pictures / f"{path.stem}.*"
+            lines += _read_pair(path, category, image)
     return lines
 
 

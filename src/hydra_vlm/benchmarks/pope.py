@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from hydra_vlm.benchmarks.folder import (
     first_of,
+    image_path,
     read_lines,
     reference_answer,
     require,
@@ -78,7 +79,7 @@ class POPE:
         examples = [
             Example(
                 id=line.id,
-                image=str(images / line.row["image"]),
+                image=image_path(images, line.row["image"]),
                 question=str(line.question["text"]).replace("<image>", "").strip(),
                 answers=(line.row["label"],),
                 group=line.split,

@@ -7,6 +7,7 @@ from hydra_vlm.benchmarks.protocol import Example, Prediction, Rule, Score
 from hydra_vlm.benchmarks.suite import SIX, Task, open_benchmark, score_task
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.files import write_json, write_lines
+from hydra_vlm.names import below, file_name
 from hydra_vlm.ownership import owned
 from hydra_vlm.reading import TABLE, read_json, read_json_lines, read_text
 from hydra_vlm.strict import parse_json
@@ -74,10 +75,13 @@ def rescore(run: Path, rule: Rule = "published") -> dict[str, tuple[Score, ...]]
 
 
 def _rescored(run: Path, paths: dict[str, Path], rule: Rule) -> dict[str, tuple[Score, ...]]:
+    for name in paths:
+        file_name(name, f"{run / 'examples'}: benchmark", RunFolderError)
     names = [name for name in SIX if name in paths] + sorted(paths.keys() - SIX.keys())
     tasks = [Task(open_benchmark(name, rule), _read_examples(paths[name])) for name in names]
     scores = {}
-    for folder in sorted([*run.glob("answers/*"), *run.glob("trials/*")]):
+    for found in sorted([*run.glob("answers/*"), *run.glob("trials/*")]):
+        folder = below(run, f"{found.parent.name}/{found.name}", "folder", RunFolderError)  # it is written to
         answered = [task for task in tasks if (folder / "predictions" / f"{task.name}.jsonl").is_file()]
         if answered:
             scores[folder.name] = finish(folder, _as_before(folder, answered))

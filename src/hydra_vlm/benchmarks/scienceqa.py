@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_vlm.benchmarks.folder import (
+    image_path,
     read_object,
     reference_answer,
     require,
@@ -63,7 +64,7 @@ class ScienceQA:
         examples = [
             Example(
                 id=pid,
-                image=str(images / image),
+                image=image_path(images, image),
                 question=f"{text}\n{OPTION_LETTER}",
                 answers=(LETTERS[problems[pid]["answer"]],),
                 group=str(problems[pid].get("subject", "")),
@@ -169,7 +170,7 @@ def _asked(root: Path, problems: dict[str, dict[str, Any]], source: str) -> dict
             continue
         if pid in asked:
             raise DataError(f"{path} asks problem {pid} twice")
-        asked[pid] = (image, text.replace("<image>", "").strip())
+        asked[pid] = (image, str(text).replace("<image>", "").strip())
     for have, lack, where in ((asked, problems, PROBLEMS), (problems, asked, QUESTIONS)):
         apart = [pid for pid in have if pid not in lack]
         if apart:

@@ -19,6 +19,7 @@ from hydra_vlm.benchmarks.textvqa import TextVQA
 from hydra_vlm.data.builtin import BUILTIN, DataFiles, write_builtin
 from hydra_vlm.data.records import check_images, read_records, sample
 from hydra_vlm.errors import ConfigError, DataError
+from hydra_vlm.names import file_name, require_distinct
 
 SIX: dict[str, type[MME | MMBench | TextVQA | POPE | GQA | ScienceQA]] = {
     "mme": MME,
@@ -53,6 +54,16 @@ class Task:
         if isinstance(self.benchmark, ExactMatch):
             return replace(self, examples=tuple(sample(self.examples, limit, seed)))
         return replace(self, examples=tuple(sample_examples(self.examples, limit, seed, self.name)))
+
+
+def require_test_name(name: str) -> str:
+    """The name of a plain file's test, once its answers may be filed under it.
+
+    Raises:
+        ConfigError: no file may have the name, or one of the six has it, which is scored otherwise.
+    """
+    require_distinct([file_name(name, "test")], "test", SIX)
+    return name
 
 
 def open_benchmark(name: str, rule: Rule = "published") -> Benchmark:
@@ -99,7 +110,8 @@ def open_tasks(
     if data in BUILTIN:
         return tasks_of(write_builtin(data, out / "data"), names, out / "images", rule)
     if Path(data).is_file():
-        return tasks_of(DataFiles(Path(data), None, {Path(data).stem: Path(data)}, images), names, out / "images", rule)
+        tests = {require_test_name(Path(data).stem): Path(data)}
+        return tasks_of(DataFiles(Path(data), None, tests, images), names, out / "images", rule)
     return load_tasks(Path(data), names, out / "images", rule)
 
 
@@ -114,6 +126,7 @@ def tasks_of(files: DataFiles, names: Sequence[str], scratch: Path, rule: Rule =
         raise ConfigError(f"{', '.join(names)} come from a folder of benchmarks: name one in place of {files.train}")
     tasks = []
     for name, path in ({} if names else files.tests).items():
+        require_test_name(name)
         records = read_records(path, files.images)
         check_images(path, records)
         benchmark = ExactMatch(name, rule)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_vlm.benchmarks.folder import (
+    image_path,
     read_lines,
     read_object,
     reference_answer,
@@ -59,9 +60,9 @@ class TextVQA:
                 not join one to one.
         """
         annotations = _annotations(require(root, [ANNOTATIONS], self.source))
-        asked = _asked(root, annotations, self.source)
+        asked, images = _asked(root, annotations, self.source), root / IMAGES
         examples = [
-            Example(_id(annotation), str(root / IMAGES / asked[key][0]), asked[key][1], tuple(annotation["answers"]))
+            Example(_id(annotation), image_path(images, asked[key][0]), asked[key][1], tuple(annotation["answers"]))
             for key, annotation in annotations.items()
         ]
         require_images((example.image or "" for example in examples), self.source)

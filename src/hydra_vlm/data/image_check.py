@@ -12,7 +12,8 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from hydra_vlm.data.image_files import examine, place_fault, resolved, size_fault
+from hydra_vlm.data.image_files import examine, place_fault, size_fault
+from hydra_vlm.names import resolved
 
 BATCH = 256
 """Images between two writes to the cache."""

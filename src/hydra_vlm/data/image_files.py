@@ -1,40 +1,19 @@
-"""Image files of strangers: where they may lie, how large they may be, and decoding them. No torch.
+"""Image files of strangers: where they may lie (`names.py`), how large they may be, and decoding them. No torch.
 
 Formats are those of photographs and drawings that Pillow decodes by itself; EPS, which it gives to Ghostscript, and the
 rest are refused.
 """
 
 import os
-import re
-from pathlib import Path
 
 from PIL import Image
 
 from hydra_vlm.errors import DataError
+from hydra_vlm.names import link_fault
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image by default: above it Pillow warns of a bomb."""
-
-_PATH_BYTES, _NAME_BYTES = 4095, 255  # Linux's limits
-_DRIVE = re.compile(r"[A-Za-z]:")
-
-
-def path_fault(image: str) -> str:
-    """What is wrong with an image's path as a record gives it; "" for nothing. The disk is not asked."""
-    parts = re.split(r"[/\\]", image)
-    shown = repr(image if len(image) < 200 else f"{image[:200]}…")
-    if not image.strip():
-        return "names an empty `image`"
-    if "\0" in image:
-        return f"names image {shown}, which holds a NUL character"
-    if image[0] in "/\\~" or _DRIVE.match(image):
-        return f"names image {shown}: paths must be relative to the image folder"
-    if ".." in parts:
-        return f"names image {shown}: paths must not leave the image folder by `..`"
-    if len(os.fsencode(image)) > _PATH_BYTES or any(len(os.fsencode(part)) > _NAME_BYTES for part in parts):
-        return f"names image {shown}, a path longer than files may have"
-    return ""
 
 
 def image_fault(path: str, folder: str | None, max_pixels: int) -> str:
@@ -49,8 +28,8 @@ def place_fault(path: str, folder: str | None) -> str:
     """Whether the file is missing, or a link leads out of the resolved `folder` (None: anywhere); "" if neither."""
     if not os.path.isfile(path):
         return f"image {path} does not exist"
-    if folder is not None and os.path.commonpath((real := os.path.realpath(path), folder)) != folder:
-        return f"image {path} lies outside the image folder: a link leads to {real}"
+    if folder is not None and (fault := link_fault(path, folder, "the image folder")):
+        return f"image {path} {fault}"
     return ""
 
 
@@ -103,11 +82,6 @@ def decode(path: str) -> Image.Image:
             return image.convert("RGB")
     except Exception as problem:  # decoders raise whatever a broken file makes them stumble over
         raise _unreadable(path, problem) from None
-
-
-def resolved(folder: Path) -> str:
-    """The image folder itself, links followed."""
-    return os.path.realpath(folder)
 
 
 def _unreadable(path: str, problem: Exception) -> DataError:

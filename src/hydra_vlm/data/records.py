@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra_vlm.data.image_files import MAX_PIXELS, image_fault, path_fault, place_fault, resolved
+from hydra_vlm.data.image_files import MAX_PIXELS, image_fault, place_fault
 from hydra_vlm.data.json_rows import rows_of
 from hydra_vlm.errors import DataError
+from hydra_vlm.names import path_fault, resolved, shown
 
 IMAGE_TOKEN = "<image>"
 T = TypeVar("T")
@@ -115,8 +116,8 @@ def record_of(item: Any, index: int, folder: Path) -> Record:
         raise ValueError(f"contains {IMAGE_TOKEN} but names no `image`")
     if sum(marks) > 1 or (sum(marks) == 1 and marks[0] == 0):
         raise ValueError(f"{IMAGE_TOKEN} must stand exactly once, in the first human turn (found per turn: {marks})")
-    if image is not None and (fault := path_fault(image)):
-        raise ValueError(fault)
+    if image is not None and (fault := path_fault(image, "the image folder")):
+        raise ValueError(f"names image {shown(image)}, which {fault}")
     location = None if image is None else str(folder / image)
     return Record(str(item.get("id", index)), location, rounds, str(item.get("task", "")))
 

@@ -16,6 +16,7 @@ from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.llama_tokenizer import llama_tokenizer, read_sentencepiece
 from hydra_vlm.models.mobilevlm.original_layout import CLIP_LARGE_336, their_tower_name, vision_half
 from hydra_vlm.models.mobilevlm.processing import IMAGE_TOKEN, MobileVLMProcessor
+from hydra_vlm.names import path_fault
 from hydra_vlm.reading import TOKENIZER, read_json
 
 SENTENCEPIECE, FAST, PREPROCESSOR = "tokenizer.model", "tokenizer.json", "preprocessor_config.json"
@@ -51,9 +52,9 @@ def read_clip_config(theirs: Mapping[str, Any], vision: Path | None, roots: Sequ
 
 
 def tower_folder(theirs: Mapping[str, Any], roots: Sequence[Path]) -> Path | None:
-    """The folder that `mm_vision_tower` names, absolute or as seen from one of the roots."""
+    """The folder that `mm_vision_tower` names within one of the roots; one elsewhere is for the user to name."""
     name = theirs.get("mm_vision_tower")
-    places = (root / name for root in roots) if name else ()
+    places = [root / name for root in roots] if isinstance(name, str) and not path_fault(name) else []
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
