@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "export": ("data", "errors", "files", "graph", "lora", "models", "reading", "schedule", "verification"),
     "data": ("errors", "files", "names", "reading", "strict"),
     "benchmarks": ("errors", "data", "files", "names", "ownership", "reading", "strict"),
+    "inputs": ("benchmarks", "data", "errors", "files", "ownership", "reading"),
     "records": ("benchmarks", "names", "schedule"),
     "rankbench": (
         "allocation",

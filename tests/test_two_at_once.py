@@ -1,4 +1,4 @@
-"""Two equal commands at once, as a user starts them: one works, the other says so and ends; a killed one is replaced."""
+"""Two equal commands at once, as users start them: one works, the other says so and ends; a killed one is replaced."""
 
 import json
 import os

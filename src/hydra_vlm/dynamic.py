@@ -16,12 +16,10 @@ import optuna
 
 from hydra_vlm.config import Config, load_config
 from hydra_vlm.errors import ConfigError, StageError
-from hydra_vlm.files import write_json
 from hydra_vlm.findings import Best, best_of
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.liveness import Watch, claimed, waiting_for
 from hydra_vlm.profile import GradientNormProfile
-from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.phi import PhiSettings, starters
@@ -35,12 +33,11 @@ from hydra_vlm.search.study import (
     answering,
     close_storage,
     create_study,
-    masked,
     open_storage,
     require_study,
 )
 from hydra_vlm.search.worker import Plan, work
-from hydra_vlm.search_request import check_search, go_on, without_password
+from hydra_vlm.search_request import check_search, without_password
 from hydra_vlm.trials import (
     Say,
     Study,
@@ -58,7 +55,6 @@ def search(config: Config, out: Path, storage: str | None = None, say: Say = pri
     `storage` replaces the configuration's; its password is kept nowhere.
     """
     check_search(config, storage or config.search.storage)
-    go_on(config, out)
     work_in(config, out, storage, say)
 
 
@@ -122,9 +118,6 @@ def _prepared(config: Config, out: Path, say: Say) -> Study:
     else:
         with waiting_for(out / "claims" / "prepare", Watch(config.search.grace_seconds)):
             study = prepare_study(config, out, say)
-    told = read_json(out / "environment.json")
-    if masked(told["command"]) != told["command"]:
-        write_json(out / "environment.json", {**told, "command": masked(told["command"])})
     _check_space(config, study.graph)
     return study
 

@@ -27,13 +27,14 @@ from hydra_vlm.data.templates import AUTO, require_template
 from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.faults import disk_full_told, out_of_memory_told
 from hydra_vlm.files import require_place, write_json, write_lines
+from hydra_vlm.inputs import bind, folder_inputs, model_inputs, require_unchanged, task_inputs
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.structure import TOWER
 from hydra_vlm.names import file_name
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.reading import read_json
-from hydra_vlm.run_folder import environment
+from hydra_vlm.run_folder import environment, keep_session, session_changes
 
 BASE = "base"
 Say = Callable[[str], None]
@@ -118,8 +119,14 @@ def evaluate(request: EvaluationRequest, out: Path, say: Say = print) -> dict[st
 
 def _evaluate(request: EvaluationRequest, out: Path, say: Say) -> dict[str, tuple[Score, ...]]:
     tasks = _tasks(request, out)
+    read = model_inputs(resolve_model(request.model)) | task_inputs(tasks)
+    for label, adapter in request.labels.items():
+        read |= folder_inputs(f"adapter {label}", adapter) if adapter is not None else {}
+    bound = bind(out, read, begun=any((out / "answers").glob("*")))
     write_json(out / "evaluation.json", request.to_json())
-    write_json(out / "environment.json", environment(request.device, request.dtype))
+    keep_session(out, environment(request.device, request.dtype))
+    for line in session_changes(out):
+        say(line)
     write_examples(out, tasks)
     opened: tuple[LoadedModel, Reader] | None = None
     scores = {}
@@ -130,6 +137,7 @@ def _evaluate(request: EvaluationRequest, out: Path, say: Say) -> dict[str, tupl
             loaded, reader = opened = opened or _open(request, tasks, say)
             with _model(loaded, adapter, request.decoder_pattern) as model:
                 answer_tasks(model, _own_features(reader, adapter), tasks, folder, request.answering)
+            require_unchanged(out, bound, folder)
         scores[label] = finish(folder, tasks)
     return scores
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from hydra_vlm.errors import FileError, HydraError, RunFolderError
 from hydra_vlm.faults import disk_full_told, first_line, is_disk_full, is_out_of_memory
 from hydra_vlm.ownership import owned
-from hydra_vlm.reading import file_fault, read_json
+from hydra_vlm.reading import SETTINGS, file_fault, read_json
 
 Value = TypeVar("Value")
 
@@ -48,14 +48,14 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
-def read_value(path: Path, from_json: Callable[[Any], Value], remedy: str) -> Value:
+def read_value(path: Path, from_json: Callable[[Any], Value], remedy: str, limit: int = SETTINGS) -> Value:
     """One of this package's values from its JSON file.
 
     Raises:
         RunFolderError: the file is not valid JSON, or not of this kind; `remedy` says what to do.
     """
     try:
-        return from_json(read_json(path))
+        return from_json(read_json(path, limit))
     except FileError as problem:
         raise RunFolderError(f"{problem}: {remedy}") from None
     except HydraError as problem:

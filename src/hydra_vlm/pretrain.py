@@ -53,6 +53,7 @@ def _pretrain(config: Config, out: Path, say: Say) -> TrialRecord:
         return before
     started = time.monotonic()
     loaded, record = _train(study, seed, folder, started)
+    study.require_unchanged(folder)
     by_first(lambda: _keep(loaded, resolve_model(study.config.model), model_folder, record, folder))
     return record
 

@@ -8,9 +8,11 @@ results.json  report.html
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from hydra_vlm.files import require_place, write_json, write_text
 from hydra_vlm.names import file_name
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.processes import by_first
-from hydra_vlm.reading import read_yaml
+from hydra_vlm.reading import TABLE, read_json, read_yaml
 
 _PACKAGES = (
     "hydra-vlm",
@@ -37,7 +39,15 @@ _PACKAGES = (
 )
 
 
-CHANGEABLE = {
+_PASSWORD = re.compile(r"(://[^:/@\s]*):[^/\s]*@")
+
+_COMPARED = ("python", "machine", "device", "precision", "revision")
+"""What else of a session may show in its results."""
+
+A_WORKERS_OWN = "a worker's own"
+"""The device of a session that only starts workers."""
+
+HOW_WORK_IS_DONE = {
     "training.device_batch_size",
     "training.save_steps",
     "training.skip_spikes",
@@ -45,8 +55,23 @@ CHANGEABLE = {
     "training.cache_gigabytes",
     "training.disk_cache_gigabytes",
     "evaluation.batch_size",
+    "search.storage",
+    "search.grace_seconds",
 }
-"""Keys that a run may go on with another value of: they say how work is done, not what comes of it, rounding apart."""
+"""Keys that do not show in what comes of the work, rounding apart."""
+
+HOW_MUCH_IS_DONE = {
+    "seeds",
+    "schedules",
+    "evaluation.zero_shot",
+    "search.trials",
+    "search.final_seeds",
+}
+"""Keys that ask for more trials or fewer. What each trial is follows from its own schedule and seed, so those that are
+there stay as they are, new ones are made as they would have been from the start, and the report shows all."""
+
+CHANGEABLE = HOW_WORK_IS_DONE | HOW_MUCH_IS_DONE
+"""Keys that a run may go on with another value of; with any other it would be of two configurations."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
         before = flatten(_stored_config(stored))
         now = flatten(config.model_dump(mode="json"))
         changed = sorted(key for key in (before | now).keys() - CHANGEABLE if before.get(key) != now.get(key))
-        if changed and ((path / "profile.json").exists() or any((path / "trials").glob("*"))):
+        if changed and has_begun(path):
             listed = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:5])
             raise RunFolderError(
                 f"{path} holds a run of another configuration ({listed}): name another --out, or repeat the run's "
@@ -127,8 +152,13 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
         require_run_or_nothing(path)
     path.mkdir(parents=True, exist_ok=True)
     write_text(stored, config.to_yaml())
-    write_json(path / "environment.json", environment)
+    keep_session(path, environment)
     return RunFolder(path)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether something was computed in a run folder: from then on it is of one configuration and one content."""
+    return (path / "profile.json").exists() or any((path / "trials").glob("*"))
 
 
 def _stored_config(stored: Path) -> dict[str, Any]:
@@ -144,10 +174,43 @@ def _stored_config(stored: Path) -> dict[str, Any]:
     )
 
 
+def keep_session(path: Path, environment: Mapping[str, Any]) -> None:
+    """Write `environment.json`: this session's environment, and under `before` those of the sessions before it."""
+    write_json(path / "environment.json", {**environment, "before": _sessions(path)})
+
+
+def session_changes(path: Path) -> list[str]:
+    """A line where the last session of a run differs from the one before in versions, machine, device or precision."""
+    found = _sessions(path)[-2:]
+    if len(found) < 2:
+        return []
+    last, now = ({**session, **session.get("packages", {})} for session in found)
+    keys = [key for key in (*_PACKAGES, *_COMPARED) if key in last and A_WORKERS_OWN not in (last[key], now.get(key))]
+    told = [f"{key} {last[key]} before, {now.get(key)} now" for key in keys if last[key] != now.get(key)]
+    if not told:
+        return []
+    return [
+        f"{path} goes on in another environment ({'; '.join(told)}): its trials may differ by more than their ranks"
+    ]
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """All sessions of a run that can be read, the last one last."""
+    try:
+        told = read_json(path / "environment.json", TABLE)
+    except FileError:
+        return []
+    if not isinstance(told, dict):
+        return []
+    before = told.pop("before", [])
+    return [session for session in (*before, told) if isinstance(session, dict)]
+
+
 def environment(device: str, precision: str) -> dict[str, Any]:
-    """Command line, versions, device and, in a checkout, the git revision of this package."""
+    """Command line without passwords, versions, device and, in a checkout, the git revision of this package."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": _PASSWORD.sub(r"\1@", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

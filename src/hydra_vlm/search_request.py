@@ -1,19 +1,13 @@
-"""What is asked of a search: checked before a model is loaded, and what of it may change later. No torch."""
+"""What is asked of a search: checked before a model is loaded. No torch."""
 
 import difflib
-from pathlib import Path
 
-from hydra_vlm.config import Config, flatten
+from hydra_vlm.config import Config
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.files import write_text
 from hydra_vlm.performance_model.protocol import PERFORMANCE_MODELS
-from hydra_vlm.reading import read_yaml
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.samplers import SAMPLERS
-from hydra_vlm.search.study import check_storage, masked, study_exists
-
-FREE = ("search.trials", "search.storage", "search.grace_seconds", "search.final_seeds")
-"""Keys that may change when a search goes on."""
+from hydra_vlm.search.study import check_storage, masked
 
 
 def check_search(config: Config, url: str | None = None) -> None:
@@ -28,17 +22,6 @@ def check_search(config: Config, url: str | None = None) -> None:
         raise ConfigError(f"search.pruner {wish.pruner} needs one value, and objective {wish.objective} has several")
     if url:
         check_storage(url)
-
-
-def go_on(config: Config, out: Path) -> None:
-    """Let a search that is in the folder go on with more trials or another storage, which alone may change."""
-    stored = out / "config.yaml"
-    if stored.is_file() and study_exists(out):
-        before = flatten(read_yaml(stored) or {})
-        now = flatten(config.model_dump(mode="json"))
-        changed = [key for key in before | now if before.get(key) != now.get(key)]
-        if changed and set(changed) <= set(FREE):
-            write_text(stored, without_password(config, config.search.storage).to_yaml())
 
 
 def without_password(config: Config, url: str | None) -> Config:

@@ -28,20 +28,21 @@ from hydra_vlm.data.preflight import Checked, check_file, check_reading, settle
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.records import sample_numbers
 from hydra_vlm.data.templates import require_template
-from hydra_vlm.errors import ConfigError, StageError
+from hydra_vlm.errors import ConfigError, RunFolderError, StageError
 from hydra_vlm.evaluation import answer_tasks, tower_features, with_features
 from hydra_vlm.faults import disk_full_told
 from hydra_vlm.files import read_value, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.inputs import bind, data_inputs, model_inputs, require_unchanged, task_inputs
 from hydra_vlm.interruption import Interrupted
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
-from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.planning.run import estimate
 from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
-from hydra_vlm.run_folder import RunFolder, environment, open_run
+from hydra_vlm.run_folder import RunFolder, environment, has_begun, open_run, session_changes
 from hydra_vlm.schedule import RankSchedule, Scaling
 from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_same_start
 from hydra_vlm.training.frugality import require_frugality
@@ -63,6 +64,8 @@ from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, 
 from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
+SPENT = "spent.json"
+DAMAGED_SCHEDULE = "remove the folder of this trial, which is then trained anew"
 DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint"
 Say = Callable[[str], None]
 
@@ -78,6 +81,14 @@ class Study:
     tasks: tuple[Task, ...]
     base: LoadedModel
     start: Start | None = None
+    inputs: tuple[str, ...] = ()
+    """The groups of `inputs.json` that this run reads."""
+    home: Path = Path()
+    """The run folder that holds `inputs.json`; the final runs of a search have a folder of their own below it."""
+
+    def require_unchanged(self, made: Path) -> None:
+        """Raise RunFolderError where what the run reads was changed while `made` was made of it."""
+        by_first(lambda: require_unchanged(self.home, self.inputs, made))
 
     def fresh_model(self) -> LoadedModel:
         """The model loaded anew, for training that changes its own weights."""
@@ -122,13 +133,15 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
     say("\n".join([batch_arithmetic(config.training), *graph.notes, *([start.summary()] if start else [])]))
     place, precision = str(training_device(loaded.model)), "bf16 autocast" if bf16 else "fp32"
     folder = by_first(lambda: open_run(out, config, environment(place, precision)))
+    for line in by_first(lambda: session_changes(out)):
+        say(line)
     by_first(lambda: write_json(folder.graph, graph.to_json()))
     if start is not None:
         by_first(partial(require_same_start, start, folder.start))
-    train, validation, tasks = by_first(lambda: _records(config, folder))
+    train, validation, tasks, inputs = by_first(lambda: _records(config, folder))
     by_first(lambda: write_examples(folder.path, tasks))
     data = in_turn(lambda: _encode(loaded, config, reader, train, validation, tasks, folder, say))
-    return Study(config, folder, graph, data, tasks, loaded, start)
+    return Study(config, folder, graph, data, tasks, loaded, start, inputs, out)
 
 
 def require_start(config: Config, name: str) -> None:
@@ -202,6 +215,7 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
         except Interrupted as stop:
             raise Interrupted(stop.number, "the same command measures the profile anew") from None
         profile = callback.profile(settings.skip)
+    study.require_unchanged(scratch)
     by_first(lambda: _keep_profile(profile, stored, scratch))
     return profile
 
@@ -232,6 +246,7 @@ def run_trial(
     """
     folder = study.folder.trial(f"{name}-seed{seed}")
     before = by_first(lambda: finished(folder / "record.json"))
+    by_first(lambda: _require_own_schedule(folder, schedule, None if before is None else before.schedule))
     if before is not None:
         return before
     say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
@@ -240,12 +255,13 @@ def run_trial(
         share = kept_share(start, schedule, study.base.parts)
         if share < 1 - 1e-6:
             say(f"{name} keeps {share:.2%} of the adapter that it starts from, in squared norm")
-    started = time.monotonic()
+    before_now, started = by_first(lambda: _seconds_before(folder)), time.monotonic()
     settings = study.config.training
     if learning_rate is not None:
         settings = settings.model_copy(update={"learning_rate": learning_rate})
     with _trained(study, name, schedule, seed, settings, folder, watch) as done:
         scores = by_first(lambda: answer_and_score(study, done.model, folder))
+    study.require_unchanged(folder)
     record = TrialRecord(
         name=name,
         seed=seed,
@@ -254,17 +270,59 @@ def run_trial(
         train_losses=done.train_losses,
         validation_loss=done.validation_loss,
         scores=scores,
-        seconds=time.monotonic() - started,
+        seconds=before_now + time.monotonic() - started,
         started_from=start.digest if start is not None else None,
     )
     by_first(lambda: _keep_record(record, folder))
     return record
 
 
+def _require_own_schedule(folder: Path, schedule: RankSchedule | None, of_record: RankSchedule | None) -> None:
+    """Raise unless a trial goes on, or ended, with the schedule that it began with; a new one keeps it.
+
+    Raises:
+        RunFolderError: a schedule of that name has other ranks now: its file, or the profile it is made of, was edited.
+    """
+    stored = folder / "schedule.json"
+    if schedule is None:
+        return
+    before = of_record or (read_value(stored, RankSchedule.from_json, DAMAGED_SCHEDULE) if stored.is_file() else None)
+    if before is None:
+        write_json(stored, schedule.to_json())
+    elif (before.ranks, before.scaling) != (schedule.ranks, schedule.scaling):
+        what = f"{folder} is a trial of another schedule {schedule.name!r} ({_first_difference(before, schedule)})"
+        raise RunFolderError(
+            f"{what}: put back the schedule's file, or the profile.json that it was made of, or give the new one "
+            "another name or --out"
+        )
+
+
+def _first_difference(before: RankSchedule, now: RankSchedule) -> str:
+    for place, was, asked in zip(now.graph.projections, before.ranks, now.ranks, strict=False):
+        if was != asked:
+            return f"{place.component} of layer {place.layer} had rank {was}, and has {asked} now"
+    return f"its scaling was {before.scaling.rule} {before.scaling.value}"
+
+
 def _keep_record(record: TrialRecord, folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in record.train_losses))
     write_json(folder / "record.json", record.to_json())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / SPENT).unlink(missing_ok=True)
+
+
+def _seconds_before(folder: Path) -> float:
+    """Seconds that earlier sessions spent on a trial, up to the last checkpoint or answer that each of them left.
+
+    `spent.json` holds those before the session that wrote it, at its start.
+    """
+    stored, seconds = folder / SPENT, 0.0
+    if stored.is_file():
+        left = [path.stat().st_mtime for path in (*folder.glob("checkpoints/*"), *folder.glob("predictions/*"))]
+        last = max(left, default=0.0) - stored.stat().st_mtime
+        seconds = read_value(stored, float, DAMAGED_SCHEDULE) + max(0.0, last)
+    write_json(stored, seconds)
+    return seconds
 
 
 @contextmanager
@@ -320,8 +378,11 @@ def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...
     return finish(folder, study.tasks)
 
 
-def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None, tuple[Task, ...]]:
-    """Check every file before anything is trained; a built-in set is written to the run folder first."""
+def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None, tuple[Task, ...], tuple[str, ...]]:
+    """Check every file before anything is trained; a built-in set is written to the run folder first.
+
+    Binds the run to what is read, and returns the names of that last.
+    """
     wish = config.data
     files = (
         write_builtin_once(wish.train, folder.path / "data")
@@ -329,9 +390,14 @@ def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None
         else DataFiles(Path(wish.train), wish.validation, wish.tests, wish.images, wish.benchmarks)
     )
     sets = [check_file(p, files.images, wish.max_image_pixels) for p in (files.train, files.validation) if p]
-    settle(sets, wish.on_bad_row, folder.path, lambda _: None)  # what is left out is said when all was looked at
+    names = ("data.train", "data.validation")
+    read = model_inputs(resolve_model(config.model))
+    for name, checked in zip(names, sets, strict=False):
+        read |= data_inputs(name, checked)
     tasks = [task.limited(config.evaluation.limit) for task in tasks_of(files, (), folder.path / "images")]
-    return sets[0], sets[1] if files.validation else None, tuple(tasks)
+    bound = bind(folder.path, read | task_inputs(tasks), has_begun(folder.path))
+    settle(sets, wish.on_bad_row, folder.path, lambda _: None)  # what is left out is said when all was looked at
+    return sets[0], sets[1] if files.validation else None, tuple(tasks), bound
 
 
 def _encode(

@@ -35,11 +35,12 @@ FOLDERS = {"scienceqa": ("sqa", "scienceqa"), "mme": ("mme", "MME")}
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark, its examples, and the folder that they were read from (None: a plain file)."""
+    """A benchmark, its examples, and what they were read from: a folder, `root`, or a plain `file`."""
 
     benchmark: Benchmark
     examples: tuple[Example, ...]
     root: Path | None = None
+    file: Path | None = None
 
     @property
     def name(self) -> str:
@@ -130,7 +131,7 @@ def tasks_of(files: DataFiles, names: Sequence[str], scratch: Path, rule: Rule =
         records = read_records(path, files.images)
         check_images(path, records)
         benchmark = ExactMatch(name, rule)
-        tasks.append(Task(benchmark, tuple(benchmark.examples(records))))
+        tasks.append(Task(benchmark, tuple(benchmark.examples(records)), file=Path(path)))
     if files.benchmarks is not None:
         tasks += load_tasks(files.benchmarks, names, scratch, rule)
     return tasks

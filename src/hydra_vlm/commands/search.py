@@ -11,10 +11,10 @@ from typing import IO, Any
 
 from hydra_vlm.config import Config
 from hydra_vlm.errors import ConfigError, HydraError
-from hydra_vlm.run_folder import environment, open_run
+from hydra_vlm.run_folder import A_WORKERS_OWN, environment, open_run
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.study import PREPARED, answering, close_storage, create_study, open_storage
-from hydra_vlm.search_request import check_search, go_on, without_password
+from hydra_vlm.search_request import check_search, without_password
 
 STORAGE = "HYDRA_VLM_STORAGE"
 """The environment variable that gives workers the storage's URL, password and all: a command line is seen by anyone."""
@@ -56,11 +56,10 @@ def run_workers(config: Config, out: Path, cards: Sequence[str | None], storage:
     """
     url = storage or config.search.storage
     check_search(config, url)
-    go_on(config, out)
     config = without_password(config, url)
     with answering(url):
         opened = open_storage(out, url) if url else None
-        open_run(out, config, environment("a worker's own", "a worker's own"))
+        open_run(out, config, environment(A_WORKERS_OWN, A_WORKERS_OWN))
         opened = opened or open_storage(out)
         running: list[Worker] = []
         try:

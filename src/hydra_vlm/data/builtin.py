@@ -20,6 +20,8 @@ from hydra_vlm.data.catalogue import write_catalogue
 from hydra_vlm.data.records import write_records
 from hydra_vlm.data.worlds import write_nicknames, write_worlds
 from hydra_vlm.errors import DataError
+from hydra_vlm.files import write_text
+from hydra_vlm.reading import read_text
 
 TESTS = {"demo": ("easy-vqa", "catalogue"), "easy-vqa": ("easy-vqa",)}
 QUESTIONS = tuple(TESTS)
@@ -72,13 +74,19 @@ def write_builtin(name: str, folder: Path, seed: int = 0) -> DataFiles:
 def write_builtin_once(name: str, folder: Path) -> DataFiles:
     """The set in `folder`, written there unless it is there: whole or not at all, whoever else does the same.
 
+    Another set that is there goes; `set.txt` says which one it is.
+
     Raises:
         DataError: the easy-VQA package is not installed.
     """
+    stored = folder / "set.txt"
+    if stored.is_file() and read_text(stored).strip() != name:
+        shutil.rmtree(folder)
     if not folder.is_dir():
         draft = folder.with_name(f".{folder.name}.{os.getpid()}.new")
         try:
             write_builtin(name, draft)
+            write_text(draft / "set.txt", f"{name}\n")
             with suppress(OSError):  # another process was first
                 draft.rename(folder)
         finally:

@@ -19,8 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hydra_vlm.reading import open_file
-
 Place = tuple[Path, int]
 """A block and a row of it."""
 
@@ -100,12 +98,6 @@ class StoredFeatures(Mapping[Key, Tensor]):
 
     def __len__(self) -> int:
         return len(self.places)
-
-
-def image_digest(path: str) -> str:
-    """SHA-256 of an image file."""
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(model: Any, processor: Any) -> str:

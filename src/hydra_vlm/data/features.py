@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hydra_vlm.data.feature_store import FeatureStore, Place, fingerprint, image_digest
+from hydra_vlm.data.digests import contents_of
+from hydra_vlm.data.feature_store import FeatureStore, Place, fingerprint
 from hydra_vlm.data.image_files import decode
 from hydra_vlm.errors import DataError
 
@@ -65,7 +66,7 @@ def encode_into(
     Raises:
         DataError: the store is too small to hold them all.
     """
-    digests = {path: image_digest(path) for path in sorted(set(paths))}
+    digests = {path: digest for path, (_, digest) in contents_of(sorted(set(paths))).items()}
     mark = fingerprint(model, processor)
     known = store.places(mark)
     store.use({known[digest][0] for digest in digests.values() if digest in known})
