@@ -451,7 +451,7 @@ def search(
     cards = asked_workers(workers, gpus)
     check_search(settings, storage or settings.search.storage)
 
-    with owning(out, _say):
+    with owning(out, _say, f"join it with `hydra-vlm worker {out}`, or name another --out"):
         with _leaving(out):
             if cards:
                 run_workers(settings, out, cards, storage, _say)

@@ -30,11 +30,16 @@ _held: set[tuple[int, str]] = set()
 
 @contextmanager
 def owned(
-    folder: Path, file: Path | None = None, say: Callable[[str], None] | None = None, watch: Watch | None = None
+    folder: Path,
+    file: Path | None = None,
+    say: Callable[[str], None] | None = None,
+    otherwise: str = "name another folder",
+    watch: Watch | None = None,
 ) -> Iterator[None]:
     """Own `folder` while the block lasts; a new one in which nothing was written goes again.
 
-    `file` says who the owner is, where that cannot lie in the folder itself. `say` is told of a wait.
+    `file` says who the owner is, where that cannot lie in the folder itself. `say` is told of a wait. `otherwise`
+    is what somebody who is refused may do beside waiting.
 
     Raises:
         FolderInUseError: a living process owns the folder.
@@ -47,21 +52,21 @@ def owned(
         return
     with ExitStack() as stack:
         stack.callback(_clear, file, not file.parent.exists())
-        _wait_until_claimed(stack, folder, file, watch or Watch(GRACE), say)
+        _wait_until_claimed(stack, folder, file, watch or Watch(GRACE), say, otherwise)
         _held.add(mark)
         stack.callback(_held.discard, mark)
         yield
 
 
 def _wait_until_claimed(
-    stack: ExitStack, folder: Path, file: Path, watch: Watch, say: Callable[[str], None] | None
+    stack: ExitStack, folder: Path, file: Path, watch: Watch, say: Callable[[str], None] | None, otherwise: str
 ) -> None:
     """Claim at once, or refuse at once, unless only time tells whether an owner on another host still lives."""
     seen = None
     while True:
         found = holder(file)
         if found is not None and _lives(found, seen):
-            raise FolderInUseError(f"{folder} is in use by {_words(found)}: wait for its end, or name another folder")
+            raise FolderInUseError(f"{folder} is in use by {_words(found)}: wait for its end, or {otherwise}")
         try:
             mine = stack.enter_context(claimed(file, watch, _told(), partial(_taken_away, folder)))
         except OSError as problem:

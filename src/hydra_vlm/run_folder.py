@@ -103,7 +103,9 @@ class RunFolder:
 
 
 @contextmanager
-def owning(path: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+def owning(
+    path: Path, say: Callable[[str], None] | None = None, otherwise: str = "name another --out"
+) -> Iterator[None]:
     """Own a run folder while the block lasts; of several processes of one job the first owns it for all.
 
     Raises:
@@ -114,7 +116,7 @@ def owning(path: Path, say: Callable[[str], None] | None = None) -> Iterator[Non
     def enter() -> None:
         require_place(path, alone=True)
         require_run_or_nothing(path)
-        held.enter_context(owned(path, say=say))
+        held.enter_context(owned(path, say=say, otherwise=otherwise))
 
     with ExitStack() as held:
         by_first(enter)
