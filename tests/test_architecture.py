@@ -137,6 +137,7 @@ MAY_IMPORT = {
         "errors",
         "faults",
         "files",
+        "inputs",
         "lora",
         "models",
         "names",
