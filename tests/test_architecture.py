@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "ranges": (),
     "synonyms": (),
     "config": ("errors", "names", "ranges", "reading", "strict", "synonyms"),
-    "models": ("errors", "files", "graph", "names", "reading"),
+    "models": ("errors", "faults", "files", "graph", "names", "reading"),
     "performance_model": ("errors", "graph", "profile", "schedule"),
     "resizing": (),
     "verification": ("errors",),

@@ -22,8 +22,8 @@ PAGE = 2**18
 SETTINGS = 2**24
 """Bytes of a JSON file about a model, an adapter or a run (16 MiB)."""
 
-TOKENIZER = 2**27
-"""Bytes of a tokenizer's file (128 MiB); the largest vocabularies take 35."""
+TOKENIZER = 2**26
+"""Bytes of a tokenizer's file (64 MiB); the largest vocabularies take 35."""
 
 TABLE = 2**29
 """Bytes of a benchmark's file, or of saved answers (512 MiB)."""

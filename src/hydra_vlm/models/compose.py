@@ -23,11 +23,14 @@ from transformers import (
 )
 
 from hydra_vlm.errors import ConfigError
+from hydra_vlm.models.folder import require_readable, require_tokenizer_possible
+from hydra_vlm.models.held import require_held
 from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration, MobileVLMProcessor
 from hydra_vlm.models.mobilevlm.projector import PROJECTORS, build_projector
 from hydra_vlm.models.mobilevlm.towers import TOWERS, grid_side, tower_kind
+from hydra_vlm.models.weights import weight_files
 from hydra_vlm.models.whole import load_whole
-from hydra_vlm.reading import read_object
+from hydra_vlm.reading import file_fault, read_object
 
 _WITH_TOWER = ("clip", "siglip")  # whole image-text models; their `vision_model` is the tower
 _IMAGE_SETTINGS = ("image_mean", "image_std", "resample")
@@ -90,8 +93,11 @@ def load_decoder(path: Path) -> tuple[PreTrainedModel, Any]:
     """
     gguf = {} if path.is_dir() else {"gguf_file": path.name}
     folder = path if path.is_dir() else path.parent
-    if gguf and (path.suffix != ".gguf" or not path.is_file()):
-        raise ConfigError(f"--llm {path} does not exist: give the folder of a saved language model, or a GGUF file")
+    fault = gguf and file_fault(path)
+    if fault or (gguf and path.suffix != ".gguf"):
+        raise ConfigError(
+            f"--llm {path} {fault or 'is no GGUF file'}: give the folder of a saved language model, or a GGUF file"
+        )
     if not gguf:
         config = _read_config(folder, "--llm")
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -99,6 +105,7 @@ def load_decoder(path: Path) -> tuple[PreTrainedModel, Any]:
                 f"--llm {path} holds a model of type {config.model_type!r}, which is no text decoder: give the folder "
                 "of a causal language model such as LLaMA"
             )
+        require_held(AutoModelForCausalLM, config, folder, weight_files(folder))
         with torch.device("meta"):
             _require_like_llama(AutoModelForCausalLM.from_config(config), path)
     decoder = load_whole(AutoModelForCausalLM, folder, dtype="auto", **gguf)
@@ -133,6 +140,7 @@ def load_tower(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
             f"--vision {path} holds a model of type {config.model_type!r}, which is no known vision tower: use one of "
             f"{', '.join((*_WITH_TOWER, *TOWERS))}"
         )
+    require_held(AutoModel, config, path, weight_files(path))
     loaded: Any = load_whole(AutoModel, path, dtype="auto")
     return loaded.vision_model if config.model_type in _WITH_TOWER else loaded, _image_settings(path)
 
@@ -140,6 +148,8 @@ def load_tower(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 def _read_config(folder: Path, option: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{option} {folder} holds no config.json: give the folder of a saved transformers model")
+    require_readable(folder)
+    require_tokenizer_possible(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as problem:

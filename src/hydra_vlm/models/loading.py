@@ -17,12 +17,15 @@ from transformers import (
 import hydra_vlm.models.mobilevlm  # noqa: F401  (registers MobileVLM with the Auto classes)
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.graph import DECODER
+from hydra_vlm.models.folder import require_readable
+from hydra_vlm.models.held import require_held
 from hydra_vlm.models.mobilevlm.original_layout import is_original
 from hydra_vlm.models.processors import load_processor, require_own_processor
 from hydra_vlm.models.quantization import NONE, keep_trainable, quantized_loading, require_quantizable
 from hydra_vlm.models.structure import TOWER, ModelParts, find_parts
+from hydra_vlm.models.weights import weight_files
 from hydra_vlm.models.whole import load_whole
-from hydra_vlm.reading import read_json
+from hydra_vlm.reading import file_fault
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -69,11 +72,12 @@ def resolve_model(name: str) -> Path:
         ConfigError: the folder holds no model.
     """
     folder = EMBEDDED if name == "embedded" else Path(name)
-    if not (folder / "config.json").is_file():
+    fault = file_fault(folder / "config.json")
+    if fault:
         raise ConfigError(
-            f"model {name!r}: {folder} holds no config.json: give `embedded` or the folder of a saved model"
+            f"model {name!r}: {folder} holds no config.json (it {fault}): give `embedded` or a saved model's folder"
         )
-    if is_original(read_json(folder / "config.json")):
+    if is_original(require_readable(folder)):
         raise ConfigError(
             f"model {name!r} is a MobileVLM in its authors' layout: convert it once with "
             f"`hydra-vlm convert {name} NEW_FOLDER` and give the new folder"
@@ -116,6 +120,7 @@ def load_model(
         # The CPU kernels of fused attention lose to plain matrix products in the backward pass, and win without one.
         attention = "eager" if mixed else "sdpa"
     kind = model_class(config)
+    require_held(kind, config, folder, weight_files(folder))
     how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
     try:
         model: Any = load_whole(kind, folder, dtype=weights, attn_implementation=attention, **how)

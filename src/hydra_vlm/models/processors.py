@@ -14,6 +14,7 @@ from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from hydra_vlm.errors import CheckpointError, ConfigError
+from hydra_vlm.models.folder import require_tokenizer_possible
 from hydra_vlm.reading import read_object
 
 
@@ -37,6 +38,7 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> Any:
     Raises:
         ConfigError: it needs a package that is not installed, or the folder holds none.
     """
+    require_tokenizer_possible(folder)
     try:
         processor_class = PROCESSOR_MAPPING.get(type(config), None)
         if processor_class and "video_processor" in processor_class.get_attributes() and not is_torchvision_available():

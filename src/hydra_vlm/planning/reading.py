@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.graph import DECODER
+from hydra_vlm.models.held import without_weights
 from hydra_vlm.models.loading import model_class, model_configuration
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.towers import grid_side
@@ -52,8 +53,7 @@ def outline(folder: Path, decoder_pattern: str | None = None, adapt: Sequence[st
         ConfigError: as loading it would.
     """
     config = model_configuration(folder)
-    with torch.device("meta"):
-        model: Any = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = without_weights(model_class(config), config, folder, dtype=torch.float32, attn_implementation="eager")
     model = model.eval().requires_grad_(False)
     return Outline(model, config, find_parts(model, decoder_pattern, adapt))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.files import require_free, whole_folder, write_json
+from hydra_vlm.models.folder import require_readable
 from hydra_vlm.models.mobilevlm import original_layout as layout
 from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.modeling import MobileVLMForConditionalGeneration
@@ -28,7 +29,7 @@ from hydra_vlm.models.mobilevlm.original_files import (
 from hydra_vlm.models.mobilevlm.original_lora import base_of, is_lora_folder, require_fit
 from hydra_vlm.models.mobilevlm.original_weights import Parts, gather, read_folder, require_complete
 from hydra_vlm.models.weights import write_weights
-from hydra_vlm.reading import read_json
+from hydra_vlm.reading import file_fault, read_json
 
 STAGE_ONE_PROJECTOR = "mm_projector.bin"
 
@@ -158,13 +159,10 @@ def _their_config(source: Path, base: Path | None, projector: Path | None) -> di
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = read_json(folder / "config.json")
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no config.json: give the folder of a checkpoint") from None
-    except ValueError as problem:
-        raise ConfigError(f"{folder / 'config.json'} is not JSON: {problem}") from None
-    return config
+    fault = file_fault(folder / "config.json")
+    if fault:
+        raise ConfigError(f"{folder} holds no config.json (it {fault}): give the folder of a checkpoint")
+    return require_readable(folder)
 
 
 def _base(source: Path, base: Path | None) -> Path | None:
