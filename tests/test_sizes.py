@@ -181,7 +181,11 @@ def test_commands_end_at_once(tmp_path: Path) -> None:
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "plan", f"model={folder}"], capture_output=True, text=True, timeout=180, check=False
+        [sys.executable, "-c", code, "plan", f"model={folder}"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
     assert done.returncode == 2
     assert "text_config.hidden_size = 1000000000" in done.stderr

@@ -20,8 +20,6 @@ SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
 )
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 PLAIN = ("chat_template.jinja", "merges.txt", "vocab.txt")
