@@ -1,17 +1,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
+MARKS ?= not slow
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all test-matrix check clean
 
 demo: .venv/.installed  ## profile, allocate, fine-tune, compare on the embedded model; ends with a table and a report
 	$(BIN)/hydra-vlm tune --out runs/demo
 
 test: .venv/.installed  ## the tests, without the slow ones
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "$(MARKS)" -n 2 --dist loadfile
 
 test-all: .venv/.installed  ## the tests, the slow ones too
 	$(BIN)/pytest
+
+test-matrix: .venv/.installed  ## the tests as on six machines: threads, processor, where weights lie
+	tools/test_matrix.sh
 
 check: .venv/.installed  ## format, lint, types
 	$(BIN)/ruff format --check .

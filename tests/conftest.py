@@ -1,14 +1,17 @@
 """What tests share: one thread, no network, a tiny MobileVLM and a small instruction set on disk.
 
 Three variables let the tests run as on another machine: OMP_NUM_THREADS; ATEN_CPU_CAPABILITY (default, avx2, avx512),
-which torch reads when it starts; HYDRA_TEST_WEIGHTS, where loaded weights lie (see `WEIGHTS`).
+which torch reads when it starts; HYDRA_TEST_WEIGHTS, where loaded weights lie (see `WEIGHTS`). `tools/test_matrix.sh`
+tries combinations of them. The tests to which they could matter have the mark `compares`, by what their code says.
 """
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose time to a second thread
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to the other worker
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,29 @@ import pytest
 
 WEIGHTS = {"mapped": None, "copied": 0, "shifted": 8}
 """By HYDRA_TEST_WEIGHTS: mapped from their file as transformers does it, or so many bytes behind a multiple of 64."""
+
+
+COMPARISON = re.compile(r"torch\.equal|assert_close|assert_same_sums|allclose|read_bytes\(\)|_losses|validation_loss")
+"""What compares computed numbers, or files of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that compare computed numbers themselves, or by a function of their own file."""
+    comparing: dict[Path, set[str]] = {}
+    for item in items:
+        if item.path not in comparing:
+            comparing[item.path] = _comparing(item.path.read_text(encoding="utf-8"))
+        if getattr(item, "originalname", item.name) in comparing[item.path]:
+            item.add_marker("compares")
+
+
+def _comparing(text: str) -> set[str]:
+    """The names of a file's functions that compare computed numbers, or call one that does."""
+    starts = re.split(r"^(?:async )?def (\w+)", text, flags=re.MULTILINE)
+    bodies = dict(zip(starts[1::2], starts[2::2], strict=True))
+    direct = {name for name, body in bodies.items() if COMPARISON.search(body)}
+    calls = re.compile(rf"\b(?:{'|'.join(direct)})\(") if direct else None
+    return direct | {name for name, body in bodies.items() if calls and calls.search(body)}
 
 
 def pytest_report_header() -> str:
