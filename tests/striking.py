@@ -98,7 +98,7 @@ def start(config: Path, run: Path) -> subprocess.Popen[bytes]:
     """The real `tune` command; what it says is kept beside the run."""
     command = [sys.executable, "-m", "hydra_vlm.cli", "tune", str(config), "--out", str(run)]
     with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def quiet(_: str) -> None:

@@ -33,13 +33,7 @@ from hydra_vlm.training.even_batches import EvenBatches, WithBlanks, blanking
 from hydra_vlm.training.recipe import split_batch
 from hydra_vlm.training.trainer import ByLength
 from tiny import save_tiny_model, toy_config, write_toy_data
-
-LOSS, WEIGHT, NORM = 5e-6, 1e-4, 1e-5
-"""Largest differences allowed: of losses, of a trained weight, of norms (relative).
-
-AdamW divides by a gradient's own size, so where that is next to nothing its rounding error is seen: one weight in
-thousands may differ by a hundredth of a step (learning rate 4e-3). On average they may differ by a hundredth of that.
-"""
+from tolerances import LOSS, NORM, WEIGHT
 
 SECONDS = 900
 STEPS = 6

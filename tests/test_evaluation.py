@@ -83,6 +83,7 @@ def test_adapters_score_as_their_trials_did(request_: EvaluationRequest, run: Pa
 
 
 def test_adapters_leave_no_trace(tiny_model: Path, run: Path) -> None:
+    """To the bit: the base's weights, its projector's too, stay in the memory they are in."""
     loaded = load_model(str(tiny_model), "cpu")
     reader = open_reader(loaded.processor, "v1-short")
     picture = str(run.parent / "toy/0.png")

@@ -1,4 +1,8 @@
-"""A resumed run is step for step the undisturbed one, to the bit."""
+"""A resumed run is step for step the undisturbed one, to the bit.
+
+It can be: the processor and the number of threads are the same, frozen weights are mapped from the same file, and what
+is trained lies in torch's own memory each time, so all sums are taken in the same order.
+"""
 
 from pathlib import Path
 from typing import Any

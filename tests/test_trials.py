@@ -49,6 +49,7 @@ def logits(loaded: LoadedModel) -> Tensor:
 
 
 def test_ten_trials_leave_the_base_model_as_it_was(tiny_model: Path, toy: Path, tmp_path: Path) -> None:
+    """To the bit in what it computes, too: its weights never leave the memory they are in."""
     config = toy_config(tiny_model, toy, "training.steps=2", "training.learning_rate=0.05")
     study = trials.prepare_study(config, tmp_path / "run", quiet)
     before, weights = logits(study.base), {k: v.clone() for k, v in study.base.model.state_dict().items()}
@@ -67,6 +68,7 @@ def test_ten_trials_leave_the_base_model_as_it_was(tiny_model: Path, toy: Path, 
 
 
 def test_a_trial_is_the_same_first_or_later_on_the_lent_model(tiny_model: Path, toy: Path, tmp_path: Path) -> None:
+    """To the bit: the base stays where it is in memory, and each trial trains a copy of the projector."""
     config = toy_config(tiny_model, toy)
     first = trials.prepare_study(config, tmp_path / "first", quiet)
     later = trials.prepare_study(config, tmp_path / "later", quiet)
@@ -138,6 +140,7 @@ def images(toy: Path) -> list[str]:
 
 
 def test_stored_features_are_the_towers_to_the_bit(loaded: LoadedModel, toy: Path, tmp_path: Path) -> None:
+    """One model in one place computes both, in the same batches."""
     store, paths = FeatureStore(tmp_path, 1.0), images(toy)
     computed = encode_once(loaded.model, loaded.processor, paths)
     places = encode_into(store, loaded.model, loaded.processor, paths)

@@ -16,6 +16,17 @@ A sum of n terms is off by about sqrt(n) times 6e-8 of its largest; the widest s
 result has passed through some ten of them.
 """
 
+ROWS = 1e-4
+"""The same for rows that are computed alone or among others, padded and masked: further sums are another's."""
+
+LOSS, WEIGHT, NORM = 5e-6, 1e-4, 1e-5
+"""Largest differences after some steps of training by one process or two: of losses, of a trained weight, of norms
+(relative).
+
+AdamW divides by a gradient's own size, so where that is next to nothing its rounding error is seen: one weight in
+thousands may differ by a hundredth of a step (learning rate 4e-3). On average they may differ by a hundredth of that.
+"""
+
 
 def assert_same_sums(found: Tensor, expected: Tensor, tolerance: float = SUMS) -> None:
     """Equal in shape, dtype and, but for the order of sums, in value."""

@@ -1,7 +1,8 @@
 """The whole job in a row: profile, allocate, fine-tune each schedule, score, compare, report.
 
 Every step leaves a file in the run folder and is skipped when its file is there; a training that was stopped goes on
-from its last checkpoint. Killed at any moment and started again with the same command, a run ends with the same result.
+from its last checkpoint. Killed at any moment and started again with the same command, a run ends with the same result:
+to the bit on the same machine with the same number of threads, elsewhere but for the order of sums.
 """
 
 from dataclasses import replace
