@@ -24,6 +24,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
+from families import FAMILIES
 from hydra_vlm import processes
 from hydra_vlm.config import RECIPES, load_config, recipe_names
 from hydra_vlm.errors import ConfigError
@@ -38,6 +39,7 @@ from tolerances import LOSS, NORM, WEIGHT
 SECONDS = 900
 STEPS = 6
 PLAIN = ("training.device_batch_size=1",)  # batches of 4: accumulation 4 on one process, 2 on each of two
+STILL = ("training.steps=1", "training.learning_rate=1e-30")  # too little for float32: the weights stay
 BY_LENGTH = ("training.group_by_length=true",)  # batches of 4 on one process, 2 on each of two
 
 
@@ -84,6 +86,7 @@ class Home:
             "evaluation.max_new_tokens=1",
         )
         (folder / "config.yaml").write_text(toy_config(model, data, *options).to_yaml())
+        self.other = (f"model={FAMILIES['qwen3_vl'].save(folder / 'qwen3_vl')}",)
 
     def words(self, run: str, *options: str, command: str = "train") -> list[str]:
         return [command, str(self.folder / "config.yaml"), "--out", str(self.folder / run), *options]
@@ -148,6 +151,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = Home(tmp_path_factory.mktemp("devices"))
     home.on_one(*home.words("one", *PLAIN))
     home.on_one(*home.words("one", *PLAIN, command="profile"))
+    home.on_one(*home.words("still", *STILL, "training.device_batch_size=4"))
+    home.on_one(*home.words("other", *home.other, *PLAIN))
     return home
 
 
@@ -158,6 +163,9 @@ def ddp_and_fsdp(home: Home) -> tuple[list[dict[str, Any]], str]:
         {"words": home.words("ddp", *PLAIN, command="profile")},
         {"words": home.words("fsdp", *PLAIN), "environment": fsdp()},
         {"words": home.words("fsdp", *PLAIN, command="profile"), "environment": fsdp()},
+        {"words": home.words("still-ddp", *STILL, *PLAIN)},
+        {"words": home.words("still-fsdp", *STILL, "training.device_batch_size=2"), "environment": fsdp()},
+        {"words": home.words("other-ddp", *home.other, *PLAIN)},
     ]
     return home.on_two("both", jobs)
 
@@ -165,10 +173,24 @@ def ddp_and_fsdp(home: Home) -> tuple[list[dict[str, Any]], str]:
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(home: Home, ddp_and_fsdp: tuple[Any, str], form: str) -> None:
     reports, _ = ddp_and_fsdp
-    assert [report["sharded"] for report in reports] == [[False, False, True, True]] * 2
+    assert [report["sharded"] for report in reports] == [[False, False, True, True, False, True, False]] * 2
     require_same(home, form, "one")
     moved = max(float(value.abs().max()) for name, value in home.weights(form).items() if "lora_B" in name)
     assert moved > 20 * WEIGHT  # B starts at zero: what was compared was trained
+
+
+@pytest.mark.parametrize("form", ["ddp", "fsdp"])
+def test_the_validation_loss_of_fixed_weights_is_that_of_one_process(
+    home: Home, ddp_and_fsdp: tuple[Any, str], form: str
+) -> None:
+    expected, found = home.record("still"), home.record(f"still-{form}")
+    assert found["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-6)
+
+
+def test_a_family_that_cannot_be_told_a_number_of_tokens_trains_as_on_one(
+    home: Home, ddp_and_fsdp: tuple[Any, str]
+) -> None:
+    require_same(home, "other-ddp", "other")
 
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
@@ -184,8 +206,8 @@ def test_only_the_first_process_writes_and_speaks(home: Home, ddp_and_fsdp: tupl
     assert any(path.endswith(".tmp") or "record.json" in path for path in first["written"])
     # Each process keeps its own random states in a checkpoint, and may be the one that makes the checkpoint's folder.
     assert {Path(path).parent.name for path in second["written"]} <= {"checkpoints", "profile-run"}
-    assert said.count("uniform, seed 0: ") == 2
-    assert said.count("adapter and record: ") == 2
+    assert said.count("uniform, seed 0: ") == 5
+    assert said.count("adapter and record: ") == 5
     for form in ("ddp", "fsdp"):
         assert len((home.folder / form / "trials/uniform-seed0/metrics.jsonl").read_text().splitlines()) == STEPS
         left = {path.name for path in (home.folder / form).rglob("*") if path.name.startswith((".", "rng_state"))}

@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest known one.
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,10 @@ def _tests_apart(tests: dict[str, Path]) -> dict[str, Path]:
     except ConfigError as problem:
         raise ValueError(str(problem)) from None
     return tests
+
+
+BEST = "best"
+"""Of `training.keep`."""
 
 
 class DataConfig(_Section):
@@ -193,7 +198,15 @@ class TrainingConfig(_Section):
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Listed, Distinct] = Field(
         (), description="who is told of losses, learning rate and gradient norm (extra `trackers`)"
     )
-    watch_steps: Count = Field(30, description="steps between validation losses, where a search prunes by them")
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights after the last step, or those of the lowest validation loss, every `watch_steps`"
+    )
+    watch_steps: Count = Field(
+        30, description="steps between validation losses, where `keep` is best or a search prunes by them"
+    )
+    patience: Count | None = Field(
+        None, description="where `keep` is best: stop after so many validation losses without a new lowest"
+    )
     cache_gigabytes: Gigabytes = Field(2.0, description="keep tower features in memory if they take no more than this")
     disk_cache_gigabytes: Gigabytes = Field(
         8.0, description="keep tower features in the run folder if they take no more than this (0: do not)"
@@ -212,6 +225,16 @@ class TrainingConfig(_Section):
     )
     compile: bool = Field(False, description="torch.compile the model (in place of fused_layers)")
     liger: bool = Field(False, description="Liger kernels, on a GPU (extra `liger`; in place of fused_layers)")
+
+    def total_steps(self, records: int) -> int:
+        """Optimizer steps of a run over so many records, whose last global batch may be short."""
+        return self.steps or math.ceil(self.epochs * -(-records // self.batch_size))
+
+    @model_validator(mode="after")
+    def _waits_for_the_best(self) -> "TrainingConfig":
+        if self.patience is not None and self.keep != BEST:
+            raise ValueError("patience waits for a lower validation loss: set training.keep=best as well, or neither")
+        return self
 
     @model_validator(mode="after")
     def _offloads_checkpoints(self) -> "TrainingConfig":

@@ -59,7 +59,7 @@ def _pretrain(config: Config, out: Path, say: Say) -> TrialRecord:
 
 
 def _keep(loaded: LoadedModel, source: Path, model_folder: Path, record: TrialRecord, folder: Path) -> None:
-    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in record.train_losses))
+    write_lines(folder / "metrics.jsonl", record.metrics())
     save_model(loaded, source, model_folder)
     write_json(folder / "record.json", record.to_json())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -106,5 +106,7 @@ def _train(study: Study, seed: int, folder: Path, started: float) -> tuple[Loade
         validation_loss=done.validation_loss,
         scores=(),
         seconds=time.monotonic() - started,
+        validation_losses=done.validation_losses,
+        kept_step=done.kept_step,
     )
     return loaded, record

@@ -1,5 +1,6 @@
 """The record of one fine-tuning run: what was asked, what it cost, what came of it. No torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,13 @@ class TrialRecord:
     """One finished trial.
 
     `schedule` is None for full fine-tuning and for the model as it came (`name` "zero-shot"). `trained` counts the
-    trained parameters by part ("lora", "projector", "decoder"). Losses are (optimizer step, mean loss) pairs;
-    `validation_loss` is the mean over supervised tokens of the validation records after the last step. `started_from`
+    trained parameters by part ("lora", "projector", "decoder").
+
+    `train_losses` are (optimizer step, loss) pairs: the mean, over the steps since the pair before, of each step's mean
+    over the supervised tokens of its global batch. `validation_loss` is the mean over all supervised tokens of the
+    validation records, with the weights that were kept; nan where there are no such records or it is no number.
+    `validation_losses` are those by step, the last step's among them. `kept_step` is the step of the weights that were
+    kept where they were the best on the way (`training.keep`), else None: those of the last step. `started_from`
     is the SHA-256 of the adapter that training went on from.
     """
 
@@ -26,6 +32,8 @@ class TrialRecord:
     scores: tuple[Score, ...]
     seconds: float
     started_from: str | None = None
+    validation_losses: tuple[tuple[int, float], ...] = ()
+    kept_step: int | None = None
 
     @property
     def key(self) -> str:
@@ -37,10 +45,33 @@ class TrialRecord:
         trained = ", ".join(f"{count:,} {part}" for part, count in self.trained.items()) or "nothing"
         lines = [
             f"{self.name}, seed {self.seed}: trained {trained} parameters in {self.seconds:.0f} s",
-            f"validation loss {self.validation_loss:.4f}",
+            self._validated(),
             *(score.summary() for score in self.scores),
         ]
         return "\n".join(lines)
+
+    def _validated(self) -> str:
+        if self.kept_step is not None:
+            last = self.train_losses[-1][0] if self.train_losses else self.kept_step
+            what = f"the lowest of {len(self.validation_losses)}; training ended after step {last}"
+            return f"validation loss {self.validation_loss:.4f}: weights of step {self.kept_step}, {what}"
+        if math.isfinite(self.validation_loss):
+            return f"validation loss {self.validation_loss:.4f}"
+        if not self.validation_losses:
+            return "validation loss not taken: no validation records"
+        step = self.validation_losses[-1][0]
+        return (
+            f"validation loss is no number: nonfinite-validation-{step}.json beside the record names what is to blame"
+        )
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """Losses by step, training's and validation's; a validation loss that is no number is None."""
+        found: dict[int, dict[str, float | None]] = {}
+        for step, loss in self.train_losses:
+            found.setdefault(step, {"step": step})["loss"] = loss
+        for step, loss in self.validation_losses:
+            found.setdefault(step, {"step": step})["validation_loss"] = _finite(loss)
+        return [found[step] for step in sorted(found)]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,10 +80,12 @@ class TrialRecord:
             "schedule": self.schedule.to_json() if self.schedule else None,
             "trained": self.trained,
             "train_losses": [list(pair) for pair in self.train_losses],
-            "validation_loss": self.validation_loss,
+            "validation_loss": _finite(self.validation_loss),
             "scores": [score.to_json() for score in self.scores],
             "seconds": self.seconds,
             **({"started_from": self.started_from} if self.started_from else {}),
+            "validation_losses": [[step, _finite(loss)] for step, loss in self.validation_losses],
+            "kept_step": self.kept_step,
         }
 
     @classmethod
@@ -64,8 +97,18 @@ class TrialRecord:
             schedule=RankSchedule.from_json(schedule) if schedule else None,
             trained=data["trained"],
             train_losses=tuple((int(step), float(loss)) for step, loss in data["train_losses"]),
-            validation_loss=data["validation_loss"],
+            validation_loss=_number(data["validation_loss"]),
             scores=tuple(Score.from_json(s) for s in data["scores"]),
             seconds=data["seconds"],
             started_from=data.get("started_from"),
+            validation_losses=tuple((int(step), _number(loss)) for step, loss in data.get("validation_losses", ())),
+            kept_step=data.get("kept_step"),
         )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no nan
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -45,6 +45,7 @@ from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, has_begun, open_run, session_changes
 from hydra_vlm.schedule import RankSchedule, Scaling
 from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_same_start
+from hydra_vlm.training.best import require_validation
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.progress import Watch
@@ -194,7 +195,8 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
         "uniform",
         AllocationRequest(study.graph, Budget.of_rank(study.graph, rank), scaling=scaling_of(study.config)),
     )
-    training = study.config.training.model_copy(update={"steps": settings.steps, "save_steps": 10**9, "trackers": ()})
+    short = {"steps": settings.steps, "save_steps": 10**9, "trackers": (), "keep": "last", "patience": None}
+    training = study.config.training.model_copy(update=short)
     scratch = study.folder.path / "profile-run"
     unvalidated = replace(study.data, validation=None)
     by_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
@@ -272,6 +274,8 @@ def run_trial(
         scores=scores,
         seconds=before_now + time.monotonic() - started,
         started_from=start.digest if start is not None else None,
+        validation_losses=done.validation_losses,
+        kept_step=done.kept_step,
     )
     by_first(lambda: _keep_record(record, folder))
     return record
@@ -305,7 +309,7 @@ def _first_difference(before: RankSchedule, now: RankSchedule) -> str:
 
 
 def _keep_record(record: TrialRecord, folder: Path) -> None:
-    write_lines(folder / "metrics.jsonl", ({"step": s, "loss": loss} for s, loss in record.train_losses))
+    write_lines(folder / "metrics.jsonl", record.metrics())
     write_json(folder / "record.json", record.to_json())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / SPENT).unlink(missing_ok=True)
@@ -389,6 +393,7 @@ def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None
         if wish.train in BUILTIN
         else DataFiles(Path(wish.train), wish.validation, wish.tests, wish.images, wish.benchmarks)
     )
+    require_validation(config.training, validated=files.validation is not None)
     sets = [check_file(p, files.images, wish.max_image_pixels) for p in (files.train, files.validation) if p]
     names = ("data.train", "data.validation")
     read = model_inputs(resolve_model(config.model))

@@ -169,11 +169,9 @@ def _batches(rows: Rows, shape: Shape, how: Manner) -> Callable[[int, float, flo
 
 def _steps(config: Config, data: DataSize) -> int | None:
     """Optimizer steps of a training run."""
-    if config.training.steps is not None:
-        return config.training.steps
-    if not data.is_read:
+    if config.training.steps is None and not data.is_read:
         return None
-    return max(1, round(config.training.epochs * -(-data.train.count // config.training.batch_size)))
+    return config.training.total_steps(data.train.count if data.is_read else 0)
 
 
 def _cached_bytes(shape: Shape, data: DataSize, how: Manner) -> int:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.config import TrainingConfig
+from hydra_vlm.config import BEST, TrainingConfig
 from hydra_vlm.errors import CheckpointError, DataError, HydraError
-from hydra_vlm.faults import disk_full_told, first_line, out_of_memory_told
+from hydra_vlm.faults import disk_full_told, first_line, is_disk_full, is_out_of_memory, out_of_memory_told
 from hydra_vlm.interruption import Interrupted, held_back
 from hydra_vlm.processes import by_first
 from hydra_vlm.streams import say
@@ -17,6 +17,9 @@ from hydra_vlm.training.sharding import require_resumable
 
 Estimate = Callable[[], str]
 """A sentence on how much memory the run was expected to take."""
+
+UNFIT = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError)
+"""What libraries raise that are given a checkpoint of something else, before the first step."""
 
 IN_WORKER = "Caught "  # how torch begins the message of an error that a loading process had
 
@@ -30,7 +33,7 @@ def train_guarded(trainer: Any, folder: Path, settings: TrainingConfig, estimate
         OutOfMemoryError, DiskFullError, CheckpointError, DataError: with what is kept and what to do.
         Interrupted: after a checkpoint at the end of the step in which a signal came.
     """
-    whole = require_resumable(by_first(lambda: last_whole_checkpoint(folder, say)))
+    whole = require_resumable(by_first(lambda: last_whole_checkpoint(folder, say, settings.keep == BEST)))
 
     def doing() -> str:
         return f"in optimizer step {trainer.state.global_step + 1}"
@@ -54,6 +57,13 @@ def train_guarded(trainer: Any, folder: Path, settings: TrainingConfig, estimate
                 ) from None
             except HydraError as problem:
                 raise _own_words(problem) from None
+            except UNFIT as problem:
+                if whole is None or stopping.began or is_out_of_memory(problem) or is_disk_full(problem):
+                    raise
+                raise CheckpointError(
+                    f"{whole} does not fit this run ({type(problem).__name__}: {first_line(problem)}): it was written "
+                    "with another model, schedule or version. Remove it, and the run starts anew"
+                ) from None
     if request.number is not None:
         raise Interrupted(request.number, f"{kept(folder)} The same command goes on from there.")
 

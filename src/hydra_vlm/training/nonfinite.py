@@ -36,6 +36,11 @@ class FiniteSteps(TrainerCallback):
         self._losses: list[Tensor] = []
         self._left_out = False
 
+    @property
+    def is_new_step(self) -> bool:
+        """Whether nothing was seen of the optimizer step yet."""
+        return not self._losses
+
     def saw(self, numbers: Tensor | None, loss: Tensor) -> None:
         """Take down one part of an optimizer step: its records [B] and its loss, which stay on the device."""
         if numbers is not None:

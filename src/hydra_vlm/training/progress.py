@@ -25,6 +25,13 @@ class LossProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
+class LastLoss(TrainerCallback):
+    """Has the last step's loss logged, however many steps there are."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+
 class ValidationWatch(TrainerCallback):
     """Tells someone the validation loss of each evaluation during training."""
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from hydra_vlm.config import TrainingConfig
+from hydra_vlm.config import BEST, TrainingConfig
 from hydra_vlm.data.instruction import InstructionDataset
 from hydra_vlm.data.readers import Reader
 from hydra_vlm.errors import ConfigError
@@ -26,12 +26,14 @@ from hydra_vlm.models.structure import PROJECTOR, ModelParts
 from hydra_vlm.processes import count
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.starting import Start, begin, read_start
+from hydra_vlm.training.best import KeepBest, load_best, require_validation
+from hydra_vlm.training.checkpoints import Losses, best_step, validation_losses
 from hydra_vlm.training.even_batches import WithBlanks, blanking
 from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
 from hydra_vlm.training.guarded import Estimate, train_guarded
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
-from hydra_vlm.training.progress import LossProgress, ValidationWatch, Watch
+from hydra_vlm.training.progress import LastLoss, LossProgress, ValidationWatch, Watch
 from hydra_vlm.training.rates import Rates
 from hydra_vlm.training.sharding import Unreached, bring_back, to_take_apart, training_device
 from hydra_vlm.training.speed import engine, sped_up
@@ -52,12 +54,18 @@ class InstructionData:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A finished run: the model as trained, the loss by step, the validation loss (nan without validation data)."""
+    """A finished run: the model with the weights that are kept, and its losses by step.
+
+    `validation_loss` is that of the kept weights, nan without validation data or where it is no number;
+    `validation_losses` are all that were taken; `kept_step` is the best weights' step where `training.keep` is best.
+    """
 
     model: nn.Module
     trained: dict[str, int]
-    train_losses: tuple[tuple[int, float], ...]
+    train_losses: Losses
     validation_loss: float
+    validation_losses: Losses = ()
+    kept_step: int | None = None
 
 
 def prepare(loaded: LoadedModel, schedule: RankSchedule | None, settings: TrainingConfig, seed: int) -> nn.Module:
@@ -158,13 +166,18 @@ def finetune(
     """Train what `prepare` opened; a run that was stopped goes on from its last whole checkpoint in `folder`.
 
     The data order follows from `seed` alone, so schedules are compared on the same batches. `watch` is told step and
-    validation loss at `settings.watch_steps`; training goes on as it would without. `estimate` is asked for what the
+    validation loss at `settings.watch_steps`; training goes on as it would without. Where `settings.keep` is best, the
+    model ends with the weights of the lowest validation loss of these. `estimate` is asked for what the
     run was expected to take, should memory run out.
 
     Raises:
-        HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk.
+        HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk; the best
+            weights asked for without validation data.
         Interrupted: SIGTERM or SIGINT came; a checkpoint of the step just done is there.
     """
+    require_validation(settings, validated=bool(data.validation))
+    settings = settings.model_copy(update={"steps": settings.total_steps(len(data.train))})
+    keeping = [KeepBest(folder, settings.patience)] if settings.keep == BEST else []
     numbered, validation = Numbered(data.train), Numbered(data.validation) if data.validation else None
     watched = [ValidationWatch(watch)] if watch is not None and validation is not None else []
     opened, several = to_take_apart(model), count() > 1
@@ -179,23 +192,38 @@ def finetune(
             finite=FiniteSteps(
                 folder.parent, settings.skip_spikes, numbered.told, validation.told if validation else None
             ),
-            args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched)),
+            args=training_arguments(settings, seed, folder, training_device(loaded.model), bool(watched or keeping)),
             train_dataset=WithBlanks(numbered) if several else numbered,
             eval_dataset=WithBlanks(validation) if several and validation else validation,
             data_collator=blanking(batch) if several else batch,
-            callbacks=[*callbacks, *watched, *([Unreached(loaded.parts)] if several else []), LossProgress()],
+            callbacks=[
+                *callbacks,
+                *watched,
+                *([Unreached(loaded.parts)] if several else []),
+                LastLoss(),
+                *keeping,
+                LossProgress(),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         with tracked(trainer, settings.trackers, folder.parent):
             with checkpointing(loaded.model, settings):
                 train_guarded(trainer, folder, settings, estimate)
-            validation_loss = trainer.evaluate().get("eval_loss", math.nan) if validation else math.nan
+            losses = validation_losses(trainer.state.log_history)
+            if validation and trainer.state.global_step not in dict(losses):
+                trainer.evaluate()
+                losses = validation_losses(trainer.state.log_history)
     bring_back(opened, model)
+    kept = best_step(losses) if keeping else None
+    if kept is not None:
+        load_best(model, folder, kept)
     return Finetuned(
         model=model.eval(),
         trained=count_trained(model, loaded.parts),
         train_losses=tuple((e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e),
-        validation_loss=validation_loss,
+        validation_loss=dict(losses).get(kept or trainer.state.global_step, math.nan),
+        validation_losses=losses,
+        kept_step=kept,
     )
 
 
@@ -227,7 +255,7 @@ def training_arguments(
         eval_strategy="steps" if watched else "no",
         eval_steps=settings.watch_steps,
         **report_arguments(settings.trackers, folder.parent),
-        logging_nan_inf_filter=settings.skip_spikes > 0,  # otherwise no such loss is ever logged
+        logging_nan_inf_filter=False,  # a step with such a loss is left out or ends the training: none is ever logged
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],

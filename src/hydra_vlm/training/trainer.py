@@ -26,7 +26,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hydra_vlm.models.structure import ModelParts
-from hydra_vlm.training.checkpoints import write_whole
+from hydra_vlm.training.checkpoints import UNLOGGED, validation_losses, write_whole
 from hydra_vlm.training.even_batches import EvenBatches
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.loss import Tally, draws_kept, mean_over_batch, token_losses
@@ -46,7 +46,6 @@ from hydra_vlm.training.supervised import SupervisedPositions
 
 PROJECTOR_FILE = "projector.safetensors"
 SCHEDULER = "scheduler.pt"
-UNLOGGED = "unlogged_losses"  # in trainer_state.json, among the states of callbacks
 
 
 class VLMTrainer(Trainer):
@@ -152,6 +151,8 @@ class VLMTrainer(Trainer):
         numbers = inputs.pop(NUMBERS, None)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.finite is not None:
+            if self.finite.is_new_step:
+                self._logged_later = self._tr_loss.clone()
             self.finite.saw(numbers, loss)
         return loss
 
@@ -160,16 +161,29 @@ class VLMTrainer(Trainer):
         if self.finite is None:
             return norm
         undone = not self.is_deepspeed_enabled  # its engine steps within backward
-        return norm if self.finite.applies(self.state, norm, self._get_learning_rate(), undone) else None
+        if self.finite.applies(self.state, norm, self._get_learning_rate(), undone):
+            return norm
+        self._tr_loss.copy_(self._logged_later)  # a step that is left out has no part in the mean that is logged next
+        self._globalstep_last_logged += 1
+        return None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # stopped after its last step: not one more
-            return
+        if self._owes_validation():
+            self.evaluate()
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            return  # was stopped after its last step: not one more
         unlogged = self.state.stateful_callbacks.pop(UNLOGGED, None)
         if unlogged is not None:
             self._tr_loss += unlogged["sum"]
             self._globalstep_last_logged = unlogged["since"]
         super()._run_epoch(*args, **kwargs)
+
+    def _owes_validation(self) -> bool:
+        """Whether a signal came between the step just done and the validation loss that follows it."""
+        step = self.state.global_step
+        due = self.args.eval_strategy == "steps" and step > 0
+        due = due and (step % self.state.eval_steps == 0 or step >= self.state.max_steps)
+        return due and step not in dict(validation_losses(self.state.log_history))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         losses = self.accelerator.gather(self._tr_loss).mean().item()
