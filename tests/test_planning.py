@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from hydra_vlm.planning.plan import GIB, Device, manner_of
 from hydra_vlm.planning.reading import outline, shape_of
 from hydra_vlm.planning.run import estimate, make_plan, planner_of
 from hydra_vlm.planning.shapes import Batch, Manner, Shape
+from hydra_vlm.training.loss import mean_over_batch
 from hydra_vlm.training.recipe import adapting, count_trained
 from hydra_vlm.training.speed import sped_up
 from tiny import save_tiny_model, toy_config
@@ -60,7 +62,7 @@ def inputs(loaded: LoadedModel) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
 
 
-def kept_bytes(model: Any, given: dict[str, Tensor], autocast: bool) -> int:
+def kept_bytes(forward: Callable[[], object], model: Any, autocast: bool) -> int:
     """What autograd holds after a forward pass, parameters apart; each storage once."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
@@ -75,7 +77,7 @@ def kept_bytes(model: Any, given: dict[str, Tensor], autocast: bool) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        model(**given)
+        forward()
     return sum(found.values())
 
 
@@ -90,7 +92,7 @@ def test_kept_activations_are_what_autograd_keeps(saved: Path, dtype: str, autoc
     how = Manner(weight=4 if dtype == "float32" else 2, autocast=autocast, attention=attention)
     batch = Batch(ROWS, LENGTH, ROWS, ROWS * LENGTH)
     with opened(loaded, RANK) as model:
-        measured = kept_bytes(model.train(), inputs(loaded), autocast)
+        measured = kept_bytes(lambda: model.train()(**inputs(loaded)), model, autocast)
     layers = sum(memory.saved_by_layer(shape.decoder, layer, batch, how) for layer in shape.decoder.layers)
     rest = batch.positions * (4 * shape.vocabulary + 4 * shape.decoder.width) + ROWS * shape.projector.saved
     assert layers + rest == pytest.approx(measured, rel=0.05)
@@ -109,9 +111,14 @@ def test_a_faster_step_keeps_and_computes_what_is_planned(saved: Path, common: i
     with opened(loaded, RANK) as model, sped_up(model, loaded.parts, settings) as positions:
         assert positions is not None
         positions.read(given)
-        measured = kept_bytes(model.train(), given, False)
+        labels = given.pop("labels")
+
+        def loss() -> Tensor:
+            return mean_over_batch(positions)(model.train()(**given), labels)
+
+        measured = kept_bytes(loss, model, False)
         with FlopCounterMode(display=False) as counter:
-            model(**given).loss.backward()
+            loss().backward()
     end = ROWS * supervised
     rows = Rows((LENGTH,), ROWS, supervised, 1.0, common, 1.0)
     batch, how = rows.packed(ROWS, LENGTH, LENGTH), Manner(supervised_only=True, packed=True)
