@@ -25,6 +25,7 @@ from hydra_vlm.allocation import (
     measured_offsets,
     random_feasible,
     repair,
+    require_stages,
     uniform,
 )
 from hydra_vlm.errors import BudgetError, ConfigError, GraphMismatchError, StageError
@@ -199,8 +200,11 @@ def test_a_budget_below_rank_one() -> None:
     assert caught.value.budget == LLAMA.cost
     with pytest.raises(BudgetError, match="below rank 1"):
         Budget.of_rank(LLAMA, 0)
-    with pytest.raises(BudgetError):
-        AllocationRequest(LLAMA, Budget(LLAMA.cost - 1, 1))
+    for name in ALLOCATORS:
+        with pytest.raises(BudgetError) as caught:
+            allocate(name, replace(CONFIG4, budget=Budget(LLAMA.cost - 1, 0)))
+        assert caught.value.budget is not None
+        allocate(name, replace(CONFIG4, budget=Budget.of_parameters(LLAMA, caught.value.budget)))
 
 
 def test_bad_requests() -> None:
@@ -391,3 +395,65 @@ def test_every_schedule_keeps_its_promises(name: str, request: AllocationRequest
         stage_ranks(schedule)
     if name in ("linear", "exponential", "decreasing", "random") or schedule.name == "fine-profile":
         check_full(schedule)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(request=requests(), parameters=st.integers(-5, 10**4) | st.floats(0, 4).map(lambda x: x))
+def test_what_an_error_names_as_nearest_works(name: str, request: AllocationRequest, parameters: float) -> None:
+    """Also below rank 1, and where the stages are too many for the profile and the budget at once."""
+    asked = int(parameters * request.graph.cost) if isinstance(parameters, float) else parameters
+    request = replace(request, budget=Budget(asked, max(0, asked) // request.graph.cost))
+    try:
+        allocate(name, request)
+    except BudgetError as error:
+        check_nearest(name, request, error)
+    except StageError as error:
+        check_stages_work(name, request, error)
+
+
+def check_stages_work(name: str, request: AllocationRequest, error: StageError) -> None:
+    """The number of stages that the error names is served, with the budget that it names where that is too small."""
+    assert error.n_stages is not None
+    fewer = replace(request, n_stages=error.n_stages)
+    if "raise the budget" in error.nearest:
+        assert request.budget.parameters < request.graph.cost
+        fewer = replace(fewer, budget=Budget.of_rank(request.graph, 1))
+    allocate(name, fewer)
+
+
+@given(request=requests())
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_more_stages_than_any_profile_can_make_are_refused_beforehand(request: AllocationRequest) -> None:
+    graph, n = request.graph, max(1, min(request.n_stages, request.graph.n_layers))
+    try:
+        require_stages(graph, request.budget, n)
+    except BudgetError as error:
+        check_beforehand(request, n, error)
+
+
+def check_beforehand(request: AllocationRequest, n: int, error: BudgetError) -> None:
+    """The allocator refuses, too, and what the error names serves it, here with the costliest partition."""
+    graph = request.graph
+    assert error.budget is not None
+    assert error.n_stages is not None
+    require_stages(graph, Budget.of_parameters(graph, error.budget), n)
+    require_stages(graph, request.budget, error.n_stages)
+    stages = (*((layer,) for layer in range(n - 1)), tuple(range(n - 1, graph.n_layers)))
+    every = replace(request, stages=stages, profile=None, rule="paper")
+    with pytest.raises(BudgetError):
+        coarse(every)
+    coarse(replace(every, budget=Budget.of_parameters(graph, error.budget)))
+
+
+def test_a_budget_above_the_widest_module_is_refused_before_anything_is_made_of_it() -> None:
+    graph = llama_graph("narrow", 4, 128, 256, kv_features=64)
+    for rank, parameters in ((129, None), (10**6, None), (None, 128 * graph.cost + 1), (None, 10**15)):
+        with pytest.raises(BudgetError, match=r"more than 'narrow' can hold.* Lower it to rank 128 ") as caught:
+            Budget.asked(graph, rank, parameters)
+        assert caught.value.budget is not None
+        assert Budget.asked(graph, None, caught.value.budget) == Budget.asked(graph, 128, None)
+    with pytest.raises(BudgetError, match="Raise it to rank 3 "):
+        Budget.asked(graph, None, 5, least=3)
+    with pytest.raises(ConfigError, match="the budget is empty"):
+        Budget.asked(graph, None, None)

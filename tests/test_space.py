@@ -387,7 +387,7 @@ def test_spaces_that_cannot_be() -> None:
         Space(EMBEDDED, less, table_i(EMBEDDED), n_stages=(4, 6), deltas=(2, 3))
     with pytest.raises(BudgetError, match="Raise it to"):
         Space(EMBEDDED, Budget(100, 0), open=True)
-    with pytest.raises(BudgetError, match="Raise it to rank 1"):
+    with pytest.raises(BudgetError, match="Raise the budget to rank 1"):
         Space(EMBEDDED, Budget(EMBEDDED.cost - 1, 0), table_i(EMBEDDED))
     with pytest.raises(ConfigError, match="offsets must include 0"):
         space_of(EMBEDDED, 4, offsets=(1, 4))

@@ -75,12 +75,44 @@ class Budget:
             raise _below_rank_one(graph, parameters)
         return cls(parameters, parameters // graph.cost)
 
+    @classmethod
+    def asked(cls, graph: ComputationGraph, rank: int | None, parameters: int | None, least: int = 1) -> "Budget":
+        """What a user asks for: `parameters`, or where they are not given, what uniform LoRA of `rank` costs.
 
-def _below_rank_one(graph: ComputationGraph, parameters: int) -> BudgetError:
+        `least` is the rank that serves what comes next, for the error of a budget below rank 1; 0 leaves that error to
+        the allocator.
+
+        Raises:
+            ConfigError: neither is given.
+            BudgetError: it is below rank 1, or more than the graph can hold.
+        """
+        if parameters is None and rank is None:
+            raise ConfigError("the budget is empty: give a rank or a number of parameters.")
+        asked = parameters if parameters is not None else (rank or 0) * graph.cost
+        if least and asked < graph.cost:
+            raise _below_rank_one(graph, asked, least)
+        require_held(graph, asked, f"a budget of {asked:,} parameters" if parameters is not None else f"rank {rank:,}")
+        return cls(asked, asked // graph.cost)
+
+
+def require_held(graph: ComputationGraph, parameters: int, what: str) -> None:
+    """Raises BudgetError when `what` has more parameters than uniform LoRA at the widest projection's full rank."""
+    widest = max(graph.projections, key=lambda p: min(p.in_features, p.out_features))
+    most = min(widest.in_features, widest.out_features)
+    if parameters > most * graph.cost:
+        raise BudgetError(
+            f"{what} is more than {graph.name!r} can hold: its widest projection, {widest.component}, has rank {most}, "
+            "and a higher one expresses nothing more.",
+            nearest=f"Lower it to rank {most} ({most * graph.cost:,} parameters).",
+            budget=most * graph.cost,
+        )
+
+
+def _below_rank_one(graph: ComputationGraph, parameters: int, least: int = 1) -> BudgetError:
     return BudgetError(
         f"a budget of {parameters:,} parameters is below rank 1 for every projection of {graph.name!r}.",
-        nearest=f"Raise it to rank 1 ({graph.cost:,} parameters).",
-        budget=graph.cost,
+        nearest=f"Raise it to rank {least} ({least * graph.cost:,} parameters).",
+        budget=least * graph.cost,
     )
 
 
@@ -92,8 +124,8 @@ class AllocationRequest:
     which gives the paper's Config4; the text of Section III.B says 1). `setting` is one of Table VI, `rule`
     says whether fine offsets are the paper's or follow `profile`, `seed` is for the random schedule.
 
-    Raises ConfigError, StageError, BudgetError (a budget below rank 1) or GraphMismatchError (foreign
-    profile).
+    Whether the budget is enough is the allocator's to say. Raises ConfigError, StageError or GraphMismatchError
+    (foreign profile).
     """
 
     graph: ComputationGraph
@@ -116,8 +148,6 @@ class AllocationRequest:
             raise ConfigError(f"setting {self.setting} is not in Table VI: use one of 1-{max(TABLE_VI)}.")
         if self.rule not in get_args(FineRule):
             raise ConfigError(f"rule {self.rule!r} is unknown: use one of {', '.join(get_args(FineRule))}.")
-        if self.budget.parameters < self.graph.cost:
-            raise _below_rank_one(self.graph, self.budget.parameters)
         if self.profile is not None:
             require_same_graph(self.profile, self.graph)
         if self.stages is not None:
@@ -129,7 +159,10 @@ class AllocationRequest:
         if self.stages is not None:
             return self.stages
         if self.profile is not None:
-            return stages_of(self.profile, self.n_stages)
+            try:
+                return stages_of(self.profile, self.n_stages)
+            except StageError as error:
+                raise _affordable_stages(self, self.profile, error) from None
         raise StageError(
             "stages are sets of layers with similar gradient norms; neither stages nor a profile is given.",
             nearest="Name the stages, such as 1-8,9-12,13-24, or give a profile and n_stages.",
@@ -168,6 +201,7 @@ def _stage_ranks(request: AllocationRequest) -> tuple[tuple[int, ...], int]:
     """R_1 … R_t and the Δd in force."""
     frame = Frame.of(request, request.partition)
     if len(frame.sizes) == 1:
+        _require_rank_one(request)
         return (request.budget.rank,), request.delta
     for delta in range(min(request.delta, frame.total_rank), 0, -1):
         if frame.ranks(1, delta) is None:
@@ -222,6 +256,31 @@ class Frame:
         return max(_dot(self.costs, ladder), -(-total * sum(self.costs) // sum(self.sizes)))
 
 
+def require_stages(graph: ComputationGraph, budget: Budget, n_stages: int) -> None:
+    """Raises BudgetError when no partition into so many stages fits the budget, whatever the profile will be.
+
+    It names a rank that serves every partition: at rank n, n stages can always have ranks 1 to n.
+    """
+    n = min(n_stages, graph.n_layers)
+    costs = sorted(graph.layer_costs, reverse=True)
+    sizes = (graph.n_layers - n + 1, *[1] * (n - 1))
+    at_best = Frame(sizes, (sum(costs[: sizes[0]]), *costs[sizes[0] :]), 0, 0)
+    if at_best.least_parameters() > budget.parameters:
+        raise BudgetError(
+            f"rank budget {budget.rank} ({budget.parameters:,} parameters) cannot give {n} stages ascending ranks from "
+            "1 on, however the layers are divided.",
+            nearest=f"Raise the budget to rank {n} ({n * graph.cost:,} parameters), or lower n_stages to "
+            f"{max(1, budget.rank)}.",
+            budget=n * graph.cost,
+            n_stages=max(1, budget.rank),
+        )
+
+
+def _require_rank_one(request: AllocationRequest) -> None:
+    if request.budget.parameters < request.graph.cost:
+        raise _below_rank_one(request.graph, request.budget.parameters)
+
+
 def _dot(weights: Sequence[int], values: Sequence[int]) -> int:
     return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
@@ -232,13 +291,8 @@ def _infeasible(request: AllocationRequest, frame: Frame) -> BudgetError:
     nearest = f"Raise the budget to rank {-(-least // request.graph.cost)} (at least {least:,} parameters)"
     fewer = None
     if request.stages is None and request.profile is not None:
-        profile = request.profile
-        fewer = next(
-            n
-            for n in range(len(frame.sizes) - 1, 0, -1)
-            if Frame.of(request, stages_of(profile, n)).least_parameters() <= frame.parameters
-        )
-        nearest += f" or lower n_stages to {fewer}"
+        fewer = _most_stages(request, request.profile, len(frame.sizes) - 1)
+        nearest += f" or lower n_stages to {fewer}" if fewer else ""
     return BudgetError(
         f"rank budget {request.budget.rank} ({frame.parameters:,} parameters) cannot give {len(frame.sizes)} "
         "stages ascending ranks from 1 on, not even with delta 1.",
@@ -246,6 +300,27 @@ def _infeasible(request: AllocationRequest, frame: Frame) -> BudgetError:
         budget=least,
         n_stages=fewer,
     )
+
+
+def _most_stages(request: AllocationRequest, profile: GradientNormProfile, most: int) -> int | None:
+    """The largest number of stages, at most `most`, that the budget serves; None where it serves not even one."""
+
+    def served(n: int) -> bool:
+        return Frame.of(request, stages_of(profile, n)).least_parameters() <= request.budget.parameters
+
+    return next((n for n in range(most, 0, -1) if served(n)), None)
+
+
+def _affordable_stages(request: AllocationRequest, profile: GradientNormProfile, error: StageError) -> StageError:
+    """The same error, naming a number of stages that the profile makes and the budget serves."""
+    if error.n_stages is None:
+        return error
+    message = str(error).removesuffix(error.nearest).strip()
+    n = _most_stages(request, profile, error.n_stages)
+    if n is None:
+        cost = request.graph.cost
+        return StageError(message, f"Set n_stages to 1 and raise the budget to rank 1 ({cost:,} parameters).", 1)
+    return StageError(message, f"Set n_stages to {n}.", n)
 
 
 def _spread(graph: ComputationGraph, stages: Stages, stage_ranks: Sequence[int]) -> list[int]:
@@ -353,6 +428,7 @@ def _costliest_last(base: RankSchedule) -> Worth:
 
 def uniform(request: AllocationRequest) -> RankSchedule:
     """Standard LoRA: R_standard everywhere."""
+    _require_rank_one(request)
     return request.schedule("uniform", [request.budget.rank] * len(request.graph.projections))
 
 
@@ -367,6 +443,7 @@ def exponential(request: AllocationRequest) -> RankSchedule:
 
 
 def _ramp(request: AllocationRequest, name: str, weight: Callable[[float], float]) -> RankSchedule:
+    _require_rank_one(request)
     graph = request.graph
     weights = [weight(graph.depth(layer)) for layer in range(graph.n_layers)]
     scale = request.budget.parameters / sum(w * cost for w, cost in zip(weights, graph.layer_costs, strict=True))
@@ -390,6 +467,7 @@ def random_feasible(request: AllocationRequest) -> RankSchedule:
 
     Uniform means over all ways to split it between projections (a flat Dirichlet draw).
     """
+    _require_rank_one(request)
     graph = request.graph
     draw = random.Random(request.seed)
     shares = [draw.expovariate(1.0) for _ in graph.projections]

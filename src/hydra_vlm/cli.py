@@ -1,6 +1,7 @@
 """The command line: each command is one call into the library. torch is imported only where a model is needed."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +27,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+LARGEST, LARGEST_SEED, LARGEST_BATCH = 2**31 - 1, 2**32 - 1, 2**20  # as `ranges.py` has them for a configuration
+
 SHARED = ("train", "profile", "tune", "pretrain")  # commands that several processes may run together
 
 data_app = typer.Typer(help="Benchmarks and data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+
+
+def _finite(value: float | None) -> float | None:
+    """A range of its own does not keep NaN out: no comparison with it holds."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
 
 _OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigArgument = Annotated[
@@ -66,7 +77,9 @@ StorageOption = Annotated[
         show_envvar=True,
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the adapter's start and of the data order.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the adapter's start and of the data order.")
+]
 OnBadRowOption = Annotated[
     Literal["error", "skip"] | None,
     typer.Option(
@@ -79,24 +92,32 @@ OnBadRowOption = Annotated[
 @app.command()
 def schedule(
     graph: Annotated[str | None, typer.Option(help="mobilellama-1.4b, mobilellama-2.7b, or a graph.json file.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Budget: what uniform LoRA of this rank costs.")] = None,
-    budget_parameters: Annotated[int | None, typer.Option(help="Budget: a number of LoRA parameters.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Budget: what uniform LoRA of this rank costs.")
+    ] = None,
+    budget_parameters: Annotated[
+        int | None, typer.Option(min=1, max=10**15, help="Budget: a number of LoRA parameters.")
+    ] = None,
     stages: Annotated[
         str | None,
         typer.Option(help="Layers by stage, lowest norm first: 1-8,9-12,13-24 ('+' joins ranges)."),
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="A measured profile.json, in place of --stages.")] = None,
-    n_stages: Annotated[int, typer.Option(help="Stages to partition the profile's layers into.")] = 3,
-    delta: Annotated[int, typer.Option(help="Δd, the step between stages.")] = 2,
-    step: Annotated[int | None, typer.Option(help="Step of R_1 (default Δd; the paper's text says 1).")] = None,
+    n_stages: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Stages to partition the profile's layers into.")
+    ] = 3,
+    delta: Annotated[int, typer.Option(min=1, max=LARGEST, help="Δd, the step between stages.")] = 2,
+    step: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Step of R_1 (default Δd; the paper's text says 1).")
+    ] = None,
     grain: Annotated[
         str, typer.Option(help="coarse, fine, or a rival: uniform, linear, exponential, decreasing, random.")
     ] = "coarse",
-    setting: Annotated[int, typer.Option(help="Setting of Table VI for fine ranks.")] = 1,
+    setting: Annotated[int, typer.Option(min=1, max=5, help="Setting of Table VI for fine ranks.")] = 1,
     rule: Annotated[
         Literal["paper", "profile"], typer.Option(help="Fine ranks by the paper's rule or by measured norms.")
     ] = "paper",
-    seed: Annotated[int, typer.Option(help="For the random schedule.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="For the random schedule.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the schedule to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -146,7 +167,7 @@ def init(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the projector's first weights.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the projector's first weights.")] = 42,
     as_json: JsonOption = False,
 ) -> None:
     """Compose a MobileVLM from a language model and a vision tower.
@@ -238,13 +259,18 @@ def evaluate(
     ] = Path("runs/evaluate"),
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="At most so many questions of each benchmark, a seeded sample.", show_default=False),
+        typer.Option(
+            min=1, max=LARGEST, help="At most so many questions of each benchmark, a seeded sample.", show_default=False
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sample.")] = 0,
     rule: RuleOption = "published",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST_BATCH, help="Questions answered at a time.")] = 32,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer (default: each benchmark's own).", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, max=LARGEST, help="The longest answer (default: each benchmark's own).", show_default=False
+        ),
     ] = None,
     template: TemplateOption = "auto",
     device: DeviceOption = "auto",
@@ -308,7 +334,7 @@ def rescore(
 @data_app.command()
 def worlds(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; it must be new or empty.")],
-    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Everything follows from it.")] = 0,
 ) -> None:
     """Write the embedded suite and its instruction data.
 
@@ -332,9 +358,11 @@ def check(
         typer.Option(help="Check texts and lengths for this model, too: `embedded` or its folder.", show_default=False),
     ] = None,
     template: TemplateOption = "auto",
-    max_length: Annotated[int, typer.Option(min=1, help="Longest conversation in tokens, images counted.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Longest conversation in tokens, images counted.")
+    ] = 1024,
     max_image_pixels: Annotated[
-        int, typer.Option(min=1, help="An image with more pixels, once it is square, is bad.")
+        int, typer.Option(min=1, max=178_956_970, help="An image with more pixels, once it is square, is bad.")
     ] = 89_478_485,
     out: Annotated[
         Path | None, typer.Option(help="Write preflight.json and preflight-rows.jsonl there.", show_default=False)
@@ -369,7 +397,14 @@ def plan(
     context: typer.Context,
     config: ConfigArgument = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of the device (default: of the device that is here).", show_default=False)
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1e6,
+            callback=_finite,
+            help="GiB of the device (default: of the device that is here).",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -420,7 +455,9 @@ def search(
     storage: StorageOption = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Start so many worker processes here (default: this process).", show_default=False),
+        typer.Option(
+            min=1, max=LARGEST, help="Start so many worker processes here (default: this process).", show_default=False
+        ),
     ] = None,
     gpus: Annotated[
         str | None, typer.Option(help="Start one worker on each of these cards, such as 0,1.", show_default=False)
@@ -496,7 +533,7 @@ def chat(
         Path | None, typer.Option(help="An adapter folder (none: the model as it is).", show_default=False)
     ] = None,
     template: TemplateOption = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="The longest answer in tokens.")] = 256,
     device: DeviceOption = "auto",
     decoder_pattern: DecoderPatternOption = None,
 ) -> None:
@@ -534,7 +571,12 @@ def export(
     ],
     rank: Annotated[
         int | None,
-        typer.Option(help="The one rank of `uniform` (default: the next that vLLM permits).", show_default=False),
+        typer.Option(
+            min=1,
+            max=65_536,
+            help="The one rank of `uniform` (default: the next that vLLM permits).",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute, always in float32: cpu, cuda, auto.")] = "cpu",
     decoder_pattern: DecoderPatternOption = None,

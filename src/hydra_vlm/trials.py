@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.allocation import ALLOCATORS, AllocationRequest, Budget, allocate
+from hydra_vlm.allocation import ALLOCATORS, AllocationRequest, Budget, allocate, require_held
 from hydra_vlm.benchmarks.generation import Answering
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import finish, write_examples
@@ -67,6 +67,8 @@ from hydra_vlm.training.trackers import require_trackers
 ZERO_SHOT = "zero-shot"
 SPENT = "spent.json"
 DAMAGED_SCHEDULE = "remove the folder of this trial, which is then trained anew"
+STAGED = {"coarse", "fine", "decreasing"}
+"""Allocators whose ranks ascend from stage to stage."""
 DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint"
 Say = Callable[[str], None]
 
@@ -119,12 +121,16 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
     loaded = open_model(config)
     reader = open_reader(loaded.processor, config.data.template)
     graph = loaded.parts.graph
-    resolve_budget(graph, config)
+    budget = resolve_budget(graph, config)
+    if config.profile.rank is not None:
+        require_held(graph, config.profile.rank * graph.cost, f"profile.rank {config.profile.rank:,}")
     longest = max(n for _, n in graph.parts)
     if config.allocation.n_stages > longest:
+        possible = min(longest, budget.rank)
         raise StageError(
             f"allocation.n_stages {config.allocation.n_stages} exceeds the {longest} layers that can be told apart",
-            nearest=f"Lower it to {longest} or less.",
+            nearest=f"Lower it to {possible}.",
+            n_stages=possible,
         )
     start = start_of(loaded, config.training)
     if start is not None and OWN in config.schedules:
@@ -165,12 +171,10 @@ def open_model(config: Config) -> LoadedModel:
 
 
 def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:
-    """C from `budget.parameters`, or from `budget.rank` where that is not given."""
-    if config.budget.parameters is not None:
-        return Budget.of_parameters(graph, config.budget.parameters)
-    if config.budget.rank is None:
-        raise ConfigError("the budget is empty: give budget.rank or budget.parameters")
-    return Budget.of_rank(graph, config.budget.rank)
+    """C from `budget.parameters`, or from `budget.rank` where that is not given; raises as `Budget.asked` does."""
+    fewest = config.search.n_stages[0] if config.search.n_stages else 1
+    stages = config.allocation.n_stages if STAGED & set(config.schedules) else 1
+    return Budget.asked(graph, config.budget.rank, config.budget.parameters, least=max(fewest, stages))
 
 
 def scaling_of(config: Config) -> Scaling:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from hydra_vlm.allocation import AllocationRequest, allocate
+from hydra_vlm.allocation import AllocationRequest, allocate, require_held, require_stages
 from hydra_vlm.config import Config
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
@@ -24,6 +24,7 @@ from hydra_vlm.starting import OWN, own_schedule
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
 from hydra_vlm.trials import (
+    STAGED,
     ZERO_SHOT,
     Say,
     Study,
@@ -40,6 +41,8 @@ def tune(config: Config, out: Path, say: Say = print) -> RunFolder:
     """Run everything that `config` asks for and return the run folder, from which the report is made."""
     with owning(out, say):
         study = prepare_study(config, out, say)
+        if STAGED & set(config.schedules):
+            require_stages(study.graph, study.budget, config.allocation.n_stages)
         profile = measure_profile(study, say)
         schedules = allocate_all(study, profile)
         if config.evaluation.zero_shot and study.tasks:
@@ -114,6 +117,7 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
     if Path(wish).is_file():
         schedule = read_schedule(wish)
         require_schedule_fits(schedule, study.graph)
+        require_held(study.graph, schedule.parameters, f"the schedule in {wish}")
         return file_name(schedule.name, f"{wish}: schedule"), schedule
     if wish == OWN:
         schedule = own_ranks(study)

@@ -70,4 +70,4 @@ def _graph(name: str | None, profile: GradientNormProfile | None) -> Computation
 def _budget(graph: ComputationGraph, rank: int | None, parameters: int | None) -> Budget:
     if (rank is None) == (parameters is None):
         raise ConfigError("give the budget once: --rank R (as uniform LoRA of rank R) or --budget-parameters N")
-    return Budget.of_rank(graph, rank) if rank is not None else Budget.of_parameters(graph, parameters or 0)
+    return Budget.asked(graph, rank, parameters, least=0)

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from hydra_vlm.config import Config
 from hydra_vlm.errors import ConfigError, HydraError
+from hydra_vlm.ranges import most_workers
 from hydra_vlm.run_folder import A_WORKERS_OWN, environment, open_run
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.study import PREPARED, answering, close_storage, create_study, open_storage
@@ -26,6 +27,8 @@ def asked_workers(workers: int | None, gpus: str | None) -> list[str | None]:
     Raises ConfigError for numbers that do not agree.
     """
     if gpus is None:
+        if (workers or 0) > (most := most_workers()):
+            raise ConfigError(f"--workers {workers} is more than this machine's cores can serve: give {most} or fewer")
         return [None] * (workers or 0)
     cards = [card.strip() for card in gpus.split(",")]
     if not all(cards) or len(set(cards)) < len(cards):

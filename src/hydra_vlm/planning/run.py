@@ -69,13 +69,7 @@ def estimate(config: Config, phase: str = "training", gigabytes: float | None = 
 
 
 def _uniform(graph: ComputationGraph, config: Config) -> RankSchedule:
-    wish = config.budget
-    if wish.parameters is None and wish.rank is None:
-        raise ConfigError("the budget is empty: give budget.rank or budget.parameters")
-    if wish.parameters is not None:
-        budget = Budget.of_parameters(graph, wish.parameters)
-    else:
-        budget = Budget.of_rank(graph, wish.rank or 1)
+    budget = Budget.asked(graph, config.budget.rank, config.budget.parameters)
     return allocate("uniform", AllocationRequest(graph, budget))
 
 

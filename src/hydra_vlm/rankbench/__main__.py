@@ -8,6 +8,7 @@ import typer
 
 from hydra_vlm.door import enter
 from hydra_vlm.errors import ConfigError
+from hydra_vlm.ranges import most_workers
 from hydra_vlm.streams import show
 
 app = typer.Typer(
@@ -36,8 +37,8 @@ def models(
         typer.Option(help="What models see: ranks; gradient norms, too; or losses of the run's first tenth, too."),
     ] = "ranks",
     target: Annotated[Literal["scores", "loss"], typer.Option(help="What models predict.")] = "scores",
-    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 10,
-    draws: Annotated[int, typer.Option(min=1, help="How often folds are drawn anew.")] = 1,
+    folds: Annotated[int, typer.Option(min=2, max=1000, help="Folds of the cross-validation.")] = 10,
+    draws: Annotated[int, typer.Option(min=1, max=1000, help="How often folds are drawn anew.")] = 1,
     curve: Annotated[bool, typer.Option(help="Learning curves, from 8 schedules on.")] = True,
     out: OutOption = None,
 ) -> None:
@@ -79,10 +80,10 @@ def samplers(
     noise: Annotated[
         bool, typer.Option(help="On the table: see single runs, or (--no-noise) the shrunk mean of a schedule's runs.")
     ] = True,
-    repetitions: Annotated[int, typer.Option(min=1, help="How often each search is repeated.")] = 30,
-    trials: Annotated[int, typer.Option(min=2, help="Trials of a search, uniform LoRA's included.")] = 32,
-    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    repetitions: Annotated[int, typer.Option(min=1, max=10_000, help="How often each search is repeated.")] = 30,
+    trials: Annotated[int, typer.Option(min=2, max=10_000, help="Trials of a search, uniform LoRA's included.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Everything follows from it.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, max=most_workers(), help="Processes side by side.")] = 1,
     phi: Annotated[
         list[str] | None,
         typer.Option(help="A setting of Φ, such as model=gaussian-process or n_startup=6.", show_default=False),

@@ -81,7 +81,7 @@ class StagedSpace:
             f"rank budget {self.budget.rank} ({self.budget.parameters:,} parameters) has no schedule of "
             f"{self.n_stages[0]}-{self.n_stages[1]} stages whose ranks ascend by at least {delta}.",
             nearest=f"Raise the budget to rank {-(-least // self.graph.cost)} (at least {least:,} parameters, for {n} "
-            "stages), or let n_stages or deltas begin at 1.",
+            f"stages){', or let n_stages begin at 1' if self.budget.rank else ''}.",
             budget=least,
         )
 
@@ -108,7 +108,7 @@ class StagedSpace:
 
     def _firsts(self, frame: Frame, delta: int) -> range:
         if len(frame.sizes) == 1:
-            return range(self.budget.rank, self.budget.rank + 1)
+            return range(max(1, self.budget.rank), self.budget.rank + 1)
         tries = range(1, frame.total_rank + 2)  # Eq. 5 fails for good from some R_1 on
         return tries[: bisect_left(tries, True, key=lambda first: frame.ranks(first, delta) is None)]
 
