@@ -194,7 +194,16 @@ def test_an_evaluation_does_not_mix_answers(home: Path, tmp_path: Path) -> None:
         with pytest.raises(RunFolderError, match=f"{path} had {len(before):,} bytes"):
             evaluate(request, tmp_path / "out", quiet)
         path.write_bytes(before)
-    evaluate(request, tmp_path / "out", quiet)
+    kept = tmp_path / "out/answers/uniform-seed0/predictions/test.jsonl"
+    before = kept.read_bytes()
+    both = replace(request, base=True, batch_size=2)
+    assert evaluate(both, tmp_path / "out", quiet).keys() == {"base", "uniform-seed0"}
+    assert kept.read_bytes() == before
+    shutil.copytree(adapter, tmp_path / "uniform-seed0")
+    with pytest.raises(RunFolderError, match=r"holds another evaluation \(adapters: "):
+        evaluate(replace(request, adapters=(str(tmp_path / "uniform-seed0"),)), tmp_path / "out", quiet)
+    with pytest.raises(RunFolderError, match=r"holds another evaluation \(max_new_tokens: 2 there, 3 now"):
+        evaluate(replace(request, max_new_tokens=3), tmp_path / "out", quiet)
 
 
 def test_a_built_in_set_edited_by_hand_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

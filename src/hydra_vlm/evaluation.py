@@ -270,12 +270,20 @@ def _own_features(reader: Reader, adapter: Path | None) -> Reader:
 
 
 def _require_folder(out: Path, request: EvaluationRequest) -> None:
-    """Raises RunFolderError when the folder holds another evaluation, or other files."""
+    """Raises RunFolderError when the folder holds another evaluation, or other files.
+
+    Adapters may come and go as long as their labels stay theirs, and how many questions are answered at a time may
+    change: neither touches the answers that are there.
+    """
     require_place(out)
     if (out / "evaluation.json").is_file():
         before, asked = read_json(out / "evaluation.json"), request.to_json()
-        changed = [key for key in asked if before.get(key) != asked[key]]
-        if changed:
+        fixed = asked.keys() - {"batch_size", "cache_gigabytes", "adapters", "base"}
+        changed = [key for key in asked if key in fixed and before.get(key) != asked[key]]
+        others = replace(request, adapters=tuple(before.get("adapters") or ()), base=bool(before.get("base"))).labels
+        renamed = [label for label in others.keys() & request.labels.keys() if others[label] != request.labels[label]]
+        if changed or renamed:
+            changed += ["adapters"] if renamed else []
             listed = ", ".join(f"{key}: {before.get(key)!r} there, {asked[key]!r} now" for key in changed[:5])
             raise RunFolderError(f"{out} holds another evaluation ({listed}): name another --out")
     elif out.exists() and (not out.is_dir() or any(path.name not in ("data", "images") for path in contents(out))):
