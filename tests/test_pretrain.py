@@ -13,7 +13,7 @@ from hydra_vlm.config import Config, load_config
 from hydra_vlm.data import builtin
 from hydra_vlm.data.captions import captions_of, mixed, write_scene_captions
 from hydra_vlm.data.records import read_records
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.pretrain import pretrain
 from hydra_vlm.pretrain import stage_one as for_stage_one
@@ -76,6 +76,8 @@ def test_a_finished_run_is_not_repeated(finished: Path, tiny_model: Path, monkey
     monkeypatch.setattr(VLMTrainer, "train", None)
     record = pretrain(stage_one(tiny_model, finished / "toy"), finished / "run", quiet)
     assert record.name == "projector"
+    with pytest.raises(RunFolderError, match="is the model of projector-seed0, and projector-seed1 would replace it"):
+        pretrain(stage_one(tiny_model, finished / "toy", "seeds=[1]"), finished / "run", quiet)
 
 
 def test_another_template_is_refused(tiny_model: Path, toy_data: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ goes on and a finished one is left as it is.
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig
 from hydra_vlm.config import Config
 from hydra_vlm.data.builtin import CAPTIONS, QUESTIONS
 from hydra_vlm.data.templates import AUTO
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.files import whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
 from hydra_vlm.processes import by_first
@@ -47,6 +48,7 @@ def _pretrain(config: Config, out: Path, say: Say) -> TrialRecord:
     study = prepare_study(config, out, say)
     seed = config.seeds[0]
     folder, model_folder = study.folder.trial(f"{NAME}-seed{seed}"), study.folder.path / "model"
+    by_first(partial(_require_own_seed, folder, model_folder))
     stored = folder / "record.json"
     before = by_first(lambda: finished(stored) if model_folder.is_dir() else None)
     if before is not None:
@@ -56,6 +58,15 @@ def _pretrain(config: Config, out: Path, say: Say) -> TrialRecord:
     study.require_unchanged(folder)
     by_first(lambda: _keep(loaded, resolve_model(study.config.model), model_folder, record, folder))
     return record
+
+
+def _require_own_seed(folder: Path, model_folder: Path) -> None:
+    """Raise where `model/` is that of another seed: a run folder of stage I holds one model."""
+    others = sorted(path.parent.name for path in folder.parent.glob(f"{NAME}-seed*/record.json"))
+    if model_folder.is_dir() and others and folder.name not in others:
+        raise RunFolderError(
+            f"{model_folder} is the model of {others[0]}, and {folder.name} would replace it: name another --out"
+        )
 
 
 def _keep(loaded: LoadedModel, source: Path, model_folder: Path, record: TrialRecord, folder: Path) -> None:
