@@ -26,7 +26,8 @@ from hydra_vlm.graph import llama_graph
 from hydra_vlm.search.membership import adopt
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.proposals import sample
-from hydra_vlm.search.space import Candidate, Space, parameters
+from hydra_vlm.search.samplers import Sight, distributions, within
+from hydra_vlm.search.space import Candidate, Space
 from hydra_vlm.search.study import Outcome, candidate_of, create_study, digest, open_storage
 from hydra_vlm.search.worker import Plan, work
 
@@ -52,15 +53,12 @@ class DrawSampler(optuna.samplers.BaseSampler):
         self.room, self.wait = room, wait
 
     def infer_relative_search_space(self, study: optuna.Study, trial: Any) -> dict[str, Any]:
-        kinds = {"int": optuna.distributions.IntDistribution, "float": optuna.distributions.FloatDistribution}
-        return {
-            p.name: optuna.distributions.CategoricalDistribution(p.options)
-            if p.kind == "categorical"
-            else kinds[p.kind](p.low, p.high)
-            for p in parameters(self.room)
-        }
+        return distributions(self.room)
 
     def sample_relative(self, study: optuna.Study, trial: Any, search_space: Any) -> dict[str, Any]:
+        given = candidate_of(trial)
+        if given is not None:
+            return within(distributions(self.room), given.values)
         taken = {candidate_of(t) for t in study.get_trials(deepcopy=False) if t.state.name != "FAIL"} - {None}
         keys = {c.key for c in taken if c is not None}
         draw = random.Random(trial.number)
@@ -124,6 +122,7 @@ def fake_runner(run: Path, seconds: float, moment: str = "") -> Callable[..., Ou
 
 def fake_plan(run: Path, trials: int, grace: float = 2.0, **more: Any) -> Plan:
     room = space()
+    more.setdefault("sight", Sight(None))  # DrawSampler reads no scores
     return Plan(run, room, Objective(), starters(room), trials, grace=grace, **more)
 
 

@@ -273,6 +273,11 @@ class SearchConfig(_Section):
     deltas: Span | None = Field(None, description="least and greatest Δd (null: 1 to an eighth of the rank)")
     startup: Amount = Field(8, description="trials that fill the space before a model proposes")
     seed: Seed = Field(0, description="of the proposals")
+    parallel: Count = Field(
+        1,
+        description="how many trials run at once: a proposal knows the scores of all trials but so many less one "
+        "before it, whoever is fast, so that the same ones are tried each time; --workers raises it",
+    )
     trial_seed: Seed = Field(0, description="of every trial's training")
     final_seeds: Seeds = Field(
         (101, 102, 103, 104, 105), description="seeds with which the best schedule and uniform LoRA are trained again"

@@ -23,7 +23,7 @@ from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.phi import PhiSettings, starters
-from hydra_vlm.search.samplers import schedule_sampler
+from hydra_vlm.search.samplers import Sight, schedule_sampler
 from hydra_vlm.search.space import Candidate, Space, Tuning
 from hydra_vlm.search.study import (
     BASELINE,
@@ -87,7 +87,7 @@ def work_in(config: Config, out: Path, storage: str | None = None, say: Say = pr
         trials.set_user_attr(PREPARED, True)
         plan = _plan(study, trials, objective, say)
         settings = PhiSettings(model=kept.model, n_startup=kept.startup)
-        trials.sampler = schedule_sampler(kept.sampler, plan.space, kept.seed, objective, settings)
+        trials.sampler = schedule_sampler(kept.sampler, plan.space, kept.seed, objective, settings, kept.parallel)
         work(trials, plan, _Runner(study, say), say)
         run_finals(study, best_of(trials), say)
 
@@ -140,6 +140,7 @@ def _plan(study: Study, trials: optuna.Study, objective: Objective, say: Say) ->
         seed=wish.trial_seed,
         grace=wish.grace_seconds,
         prunes=wish.pruner != "none",
+        sight=Sight.of(wish.sampler, wish.startup, wish.parallel),
     )
 
 

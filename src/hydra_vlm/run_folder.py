@@ -65,6 +65,7 @@ HOW_MUCH_IS_DONE = {
     "schedules",
     "evaluation.zero_shot",
     "search.trials",
+    "search.parallel",
     "search.final_seeds",
 }
 """Keys that ask for more trials or fewer. What each trial is follows from its own schedule and seed, so those that are

@@ -24,6 +24,12 @@ def check_search(config: Config, url: str | None = None) -> None:
         check_storage(url)
 
 
+def for_workers(config: Config, n_workers: int) -> Config:
+    """The configuration whose proposals leave room for so many workers at once."""
+    parallel = max(config.search.parallel, n_workers)
+    return config.model_copy(update={"search": config.search.model_copy(update={"parallel": parallel})})
+
+
 def without_password(config: Config, url: str | None) -> Config:
     """The configuration with this storage, as it may be written to a file."""
     kept = config.search.model_copy(update={"storage": masked(url) if url else None})

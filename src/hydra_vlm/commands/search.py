@@ -15,7 +15,7 @@ from hydra_vlm.ranges import most_workers
 from hydra_vlm.run_folder import A_WORKERS_OWN, environment, open_run
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.study import PREPARED, answering, close_storage, create_study, open_storage
-from hydra_vlm.search_request import check_search, without_password
+from hydra_vlm.search_request import check_search, for_workers, without_password
 
 STORAGE = "HYDRA_VLM_STORAGE"
 """The environment variable that gives workers the storage's URL, password and all: a command line is seen by anyone."""
@@ -59,6 +59,7 @@ def run_workers(config: Config, out: Path, cards: Sequence[str | None], storage:
     """
     url = storage or config.search.storage
     check_search(config, url)
+    config = for_workers(config, len(cards))
     config = without_password(config, url)
     with answering(url):
         opened = open_storage(out, url) if url else None

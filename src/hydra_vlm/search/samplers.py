@@ -2,10 +2,12 @@
 
 One sampler class serves all. Whatever names the values, the trial's candidate is inside the space, is none that another
 trial of the study has, and stands as it is in the trial's user attribute `candidate`, which is what is to be run; the
-trial's parameters are the candidate's own choices. Every draw follows from the seed and the trial's number, so that a
-proposal depends on these and on the study's other trials alone, whichever worker makes it.
+trial's parameters are the candidate's own choices. Every draw follows from the seed and the trial's number, and what is
+known of other trials from their numbers (`Sight`), so that the same trials are proposed whichever workers ask, however
+fast they are and whichever of them are killed.
 """
 
+import copy
 import difflib
 import hashlib
 import random
@@ -15,6 +17,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,7 +26,7 @@ from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.phi import DEFAULT, Key, Observation, PhiSettings, propose, starters, unseen
 from hydra_vlm.search.proposals import sample
 from hydra_vlm.search.space import Candidate, Parameter, Space, Value, candidate, parameters
-from hydra_vlm.search.study import baseline_scores, candidate_of, is_evaluated, standing
+from hydra_vlm.search.study import baseline_scores, candidate_of, is_evaluated
 
 SAMPLERS = ("phi", "tpe", "gp", "random", "evolution")
 
@@ -37,8 +40,29 @@ POPULATION = 8
 
 
 @dataclass(frozen=True)
+class Sight:
+    """Whose scores a proposal knows, by trial numbers alone, never by who happens to have finished.
+
+    Trials before `startup` are proposed without any (None: all trials). A later one knows the scores of all trials
+    before it but the last `parallel` - 1, which may run beside it, and waits for them.
+    """
+
+    startup: int | None = 0
+    parallel: int = 1
+
+    @classmethod
+    def of(cls, sampler: str, startup: int, parallel: int = 1) -> "Sight":
+        """A sampler's, by its name in SAMPLERS."""
+        return cls({"random": None, "evolution": POPULATION}.get(sampler, startup), parallel)
+
+    def known(self, number: int) -> int:
+        """Of how many trials, from the first, this one knows the scores."""
+        return 0 if self.startup is None or number < self.startup else max(0, number + 1 - self.parallel)
+
+
+@dataclass(frozen=True)
 class Known:
-    """A study's other trials, as far as they count: all but the failed ones, those that wait or run included."""
+    """The trials before one, as far as they count: scores, what may run beside it, and what is taken."""
 
     finished: tuple[Observation, ...]
     running: tuple[Candidate, ...]
@@ -49,7 +73,7 @@ class Known:
 View = dict[str, BaseDistribution]
 
 Proposer = Callable[[Study, FrozenTrial, Known, int], Candidate]
-"""A study, the trial to fill, the other trials, and a seed -> a candidate, new where the proposer sees to that."""
+"""The study as this trial sees it, the trial, what is known, and a seed -> a candidate, best one that is new."""
 
 
 class ScheduleSampler(BaseSampler):
@@ -59,9 +83,10 @@ class ScheduleSampler(BaseSampler):
     up to `tries` times, with other seeds, before small steps lead away from what it named.
     """
 
-    def __init__(self, space: Space, proposer: Proposer, seed: int, tries: int = TRIES) -> None:
+    def __init__(self, space: Space, proposer: Proposer, sight: Sight, seed: int, tries: int = TRIES) -> None:
         self.space = space
         self.proposer = proposer
+        self.sight = sight
         self.seed = seed
         self.tries = tries
         self.view = distributions(space)
@@ -70,7 +95,7 @@ class ScheduleSampler(BaseSampler):
         self._study: tuple[object, int] | None = None
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """An enqueued trial is of a generation as others are, where the proposer breeds generations."""
+        """A trial that comes with its candidate is of a generation as others are, where there are generations."""
         if isinstance(self.proposer, _Rival) and candidate_of(trial) is not None:
             self.proposer.join(study, trial)
 
@@ -109,18 +134,20 @@ class ScheduleSampler(BaseSampler):
     def _known(self, study: Study, trial: FrozenTrial) -> Known:
         if self._study != (study._storage, study._study_id):
             self._read, self._study = {}, (study._storage, study._study_id)
-        others = [one for one in standing(study.get_trials(deepcopy=False)) if one.number != trial.number]
+        n_known = self.sight.known(trial.number)
+        told: list[FrozenTrial] = []
         finished, running, taken = [], [], set()
-        for one in others:
+        for one in _before(study, trial):
             found = self._candidate(one)
-            if found is None:  # another worker is about to choose one
+            if found is None:
                 continue
             taken.add(found.key)
-            if is_evaluated(one):
+            if one.number >= n_known or one.state in (TrialState.RUNNING, TrialState.WAITING):
+                running.append(found)  # even one that has failed by now: another time it may do so later
+            elif one.state != TrialState.FAIL and is_evaluated(one):
+                told.append(one)
                 finished.append(_observation(one, found))
-            elif one.state in (TrialState.RUNNING, TrialState.WAITING):
-                running.append(found)
-        baseline = baseline_scores(others) or next((one.scores for one in finished if self._is_uniform(one)), None)
+        baseline = baseline_scores(told) or next((one.scores for one in finished if self._is_uniform(one)), None)
         return Known(tuple(finished), tuple(running), frozenset(taken), baseline)
 
     def _is_uniform(self, one: Observation) -> bool:
@@ -148,10 +175,23 @@ def _observation(trial: FrozenTrial, found: Candidate) -> Observation:
     return Observation(found, trial.user_attrs["scores"], float("nan") if loss is None else float(loss))
 
 
+def _before(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    """The trials of lower numbers, those included that a pruner would leave out."""
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+    return sorted((one for one in trials if one.number < trial.number), key=lambda one: one.number)
+
+
 def schedule_sampler(
-    name: str, space: Space, seed: int, objective: Objective, settings: PhiSettings = DEFAULT
+    name: str,
+    space: Space,
+    seed: int,
+    objective: Objective,
+    settings: PhiSettings = DEFAULT,
+    parallel: int = 1,
 ) -> ScheduleSampler:
     """A sampler of SAMPLERS by name; `objective` and `settings` are read by Φ, `n_startup` by TPE and the GP as well.
+
+    `parallel`: see `Sight`.
 
     Raises ConfigError for an unknown name, naming the nearest.
     """
@@ -160,12 +200,14 @@ def schedule_sampler(
         "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=settings.n_startup, warn_independent_sampling=False),
         "evolution": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION),
     }
+    sight = Sight.of(name, settings.n_startup, parallel)
     if name in rivals:
-        return ScheduleSampler(space, _Rival(space, rivals[name]), seed, COSTLY if name == "gp" else TRIES)
+        rival = _Rival(space, rivals[name], sight)
+        return ScheduleSampler(space, rival, sight, seed, COSTLY if name == "gp" else TRIES)
     if name == "random":
-        return ScheduleSampler(space, lambda _, __, ___, seed: sample(space, random.Random(seed)), seed)
+        return ScheduleSampler(space, lambda _, __, ___, seed: sample(space, random.Random(seed)), sight, seed)
     if name == "phi":
-        return ScheduleSampler(space, _Phi(space, objective, settings), seed)
+        return ScheduleSampler(space, _Phi(space, objective, settings), sight, seed)
     near = difflib.get_close_matches(name, SAMPLERS, 1, 0.0)[0]
     raise ConfigError(f"no sampler is called {name!r}: use one of {', '.join(SAMPLERS)}. Did you mean {near!r}?")
 
@@ -190,23 +232,54 @@ class _Rival:
 
     space: Space
     made: Callable[[int], BaseSampler]
+    sight: Sight
 
     def __call__(self, study: Study, trial: FrozenTrial, known: Known, seed: int) -> Candidate:
         whole = distributions(self.space)
         view = {name: distribution for name, distribution in whole.items() if not distribution.single()}
         inner = self.made(seed)
-        values = inner.sample_relative(study, trial, view) if view else {}
+        past, here = self._past(study, trial)
+        values = inner.sample_relative(past, here, view) if view else {}
         for name, distribution in view.items():  # what the sampler leaves to chance: its start, and mutations
             if name not in values:
-                values[name] = inner.sample_independent(study, trial, name, distribution)
+                values[name] = inner.sample_independent(past, here, name, distribution)
         values.update({name: _only(distribution) for name, distribution in whole.items() if distribution.single()})
+        _keep_generation(study, trial, past)
         return candidate(self.space, values)
 
     def join(self, study: Study, trial: FrozenTrial) -> None:
         """Give a trial that was not proposed here its place in a generation."""
         inner = self.made(0)
         if isinstance(inner, NSGAIISampler):
-            inner.get_trial_generation(study, trial)
+            past, here = self._past(study, trial)
+            inner.get_trial_generation(past, here)
+            _keep_generation(study, trial, past)
+
+    def _past(self, study: Study, trial: FrozenTrial) -> tuple[Study, FrozenTrial]:
+        """A study in memory of the trials before this one, and itself; what it may not know runs in it."""
+        storage = InMemoryStorage()
+        past = Study(storage.get_study_name_from_id(storage.create_new_study(study.directions)), storage)
+        n_known = self.sight.known(trial.number)
+        for one in [*_before(study, trial), trial]:
+            seen = copy.copy(one)
+            seen.user_attrs = {}  # the candidate is large, and none of Optuna's samplers reads it
+            if one.number >= n_known:
+                seen.state, seen.values, seen.datetime_complete, seen.intermediate_values = (
+                    TrialState.RUNNING,
+                    None,
+                    None,
+                    {},
+                )
+            storage.create_new_trial(past._study_id, template_trial=seen)
+        return past, past.get_trials(deepcopy=False)[-1]
+
+
+def _keep_generation(study: Study, trial: FrozenTrial, past: Study) -> None:
+    """Store what a sampler has noted about a trial of the study in memory."""
+    for key, value in past.get_trials(deepcopy=False)[-1].system_attrs.items():
+        if trial.system_attrs.get(key) != value:
+            study._storage.set_trial_system_attr(trial._trial_id, key, value)
+            trial.system_attrs[key] = value
 
 
 def derived(*of: int) -> int:

@@ -1,10 +1,9 @@
 """The study of a search: where Optuna keeps it, and what stands in the attributes of its trials.
 
-User attributes of a trial: `candidate` (JSON, what is tried), `worker` ({"id", "beat"}, who runs it), `scores`
-({benchmark: per cent}), `loss` (of validation), `seconds`, `record` (the folder, relative to the run's), `baseline`
-(true for the trial that all others are measured against), `retry_of` (number of the lost trial that this one
-continues), `reason` (why it failed). A trial that has `scores` is evaluated: it is told to Optuna as soon as the
-baseline's scores are known, too.
+User attributes of a trial: `candidate` (JSON, what is tried), `key` (its digest), `worker` ({"id", "beat"}, who runs
+it; null: nobody any more), `scores` ({benchmark: per cent}), `loss` (of validation), `seconds`, `record` (the folder,
+relative to the run's), `baseline` (true for the trial that all others are measured against), `reason` (why it failed).
+A trial that has `scores` is evaluated: it is told to Optuna as soon as the baseline's scores are known, too.
 """
 
 import hashlib
@@ -34,9 +33,6 @@ NAME = "search"
 
 BASELINE = "uniform"
 """Folder name of the baseline's trial."""
-
-LOST = "worker lost"
-"""The reason of a trial whose worker died before its scores were stored; its candidate is tried again."""
 
 PREPARED = "prepared"
 """Attribute of the study: a worker has come past everything that may be wrong with the configuration."""
@@ -275,7 +271,7 @@ def summary(trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
             "state": trial.state.name,
             "values": trial.values,
             "baseline": is_baseline(trial),
-            **{key: trial.user_attrs.get(key) for key in ("record", "seconds", "loss", "scores", "reason", "retry_of")},
+            **{key: trial.user_attrs.get(key) for key in ("record", "seconds", "loss", "scores", "reason")},
             "candidate": trial.user_attrs.get("candidate"),
         }
         for trial in trials

@@ -4,16 +4,22 @@ Any number of processes on any number of machines may do so at once, and any of 
 
 - one at a time stands at the desk, where trials are told, taken up and asked for, so that each asks in full sight of
   what the others run;
-- a trial belongs to the worker whose heartbeat it carries; when that stops, the trial is failed and its candidate put
-  back, and whoever takes it goes on in the same folder;
-- a trial that is done is known by its record in that folder, so a candidate put back is never trained twice.
+- a trial belongs to the worker whose heartbeat it carries; when that stops, another one takes the trial over, under the
+  same number, and goes on in the same folder;
+- a trial that is done is known by its record in that folder, so it is never trained twice.
+
+What a trial tries follows from its number and from the scores of trials before it that are known to it by their
+numbers (`samplers.Sight`): a worker waits for those. So the finished trials are those of an undisturbed search of the
+same configuration, whoever is killed, however many workers there are and in whichever order they finish. Two things
+are outside this promise: a pruner compares a trial with whatever the others have reported by then, and a trial that
+fails by an error of its own (which a full disk or a kill is not) is given up for the next number.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,11 +32,10 @@ from hydra_vlm.errors import ConfigError, DataError, DiskFullError, HydraError
 from hydra_vlm.interruption import Interrupted
 from hydra_vlm.liveness import Watch, beating, heartbeat, own_id, waiting_for
 from hydra_vlm.search.objective import Objective
-from hydra_vlm.search.samplers import distributions, within
+from hydra_vlm.search.samplers import Sight
 from hydra_vlm.search.space import Candidate, Parameter, Space, parameters
 from hydra_vlm.search.study import (
     BASELINE,
-    LOST,
     Runner,
     baseline_scores,
     candidate_of,
@@ -54,7 +59,8 @@ class Plan:
     """What all workers of a study agree on.
 
     `starters` are tried first, and the first of them is the baseline; `trials` is how many are to be finished;
-    `seed` is that of every trial's training; `grace` is in seconds; `prunes` lets the study's pruner end trials.
+    `seed` is that of every trial's training; `grace` is in seconds; `prunes` lets the study's pruner end trials;
+    `sight` is that of the study's sampler.
     """
 
     run: Path
@@ -65,6 +71,7 @@ class Plan:
     seed: int = 0
     grace: float = 60.0
     prunes: bool = False
+    sight: Sight = field(default_factory=Sight)
 
     def name(self, candidate: Candidate) -> str:
         """What a candidate's trials are called."""
@@ -87,20 +94,20 @@ def work(study: optuna.Study, plan: Plan, runner: Runner, say: Say = print) -> N
     """
     watch = Watch(plan.grace)
     failures = 0
+    told = False
     while True:
         with ExitStack() as held:
             with waiting_for(plan.run / "claims" / "desk", watch):
                 settle(study, plan, say)
-                reclaim(study, watch, say)
-                refill(study, plan)
                 if len(finished(_trials(study))) >= plan.trials:
                     return
-                trial = _ask(study, plan)
+                trial = _taken_over(study, plan, watch, say) or _ask(study, plan)
                 if trial is not None:
                     trial.set_user_attr("worker", heartbeat())
                     lost = held.enter_context(beating(watch.interval, _beat_of(trial)))
                     candidate = _settled_candidate(study, plan, trial)
             if trial is None:
+                told = told or _told_to_wait(study, plan, say)
                 time.sleep(min(1.0, watch.interval))
             elif candidate is not None:
                 try:
@@ -116,8 +123,15 @@ def _trials(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False)
 
 
+def _owner(trial: FrozenTrial) -> str | None:
+    shown = trial.user_attrs.get("worker")
+    return str(shown.get("id")) if isinstance(shown, dict) else None
+
+
 def _beat_of(trial: optuna.Trial) -> Callable[[dict[str, Any]], bool]:
     def beat(new: dict[str, Any]) -> bool:
+        if _owner(trial.storage.get_trial(trial._trial_id)) != new["id"]:
+            return False
         try:
             trial.storage.set_trial_user_attr(trial._trial_id, "worker", new)
         except UpdateFinishedTrialError:
@@ -125,6 +139,20 @@ def _beat_of(trial: optuna.Trial) -> Callable[[dict[str, Any]], bool]:
         return True
 
     return beat
+
+
+def _told_to_wait(study: optuna.Study, plan: Plan, say: Say) -> bool:
+    """Say that there are more workers than this search's proposals leave room for, if it is so."""
+    trials = _trials(study)
+    at_once = plan.sight.parallel
+    running = sum(trial.state == TrialState.RUNNING for trial in trials)
+    too_many = running >= at_once and len(standing(trials)) < plan.trials
+    if too_many:
+        say(
+            f"this worker waits: search.parallel lets {at_once} trials run at once, so that the same ones are proposed "
+            "whoever works; start the search with search.parallel=N for N workers"
+        )
+    return too_many
 
 
 # At the desk
@@ -153,74 +181,75 @@ def settle(study: optuna.Study, plan: Plan, say: Say = print) -> None:
         say(f"trial {trial.number}: objective {shown}, {outcome.seconds:.0f} s")
 
 
-def reclaim(study: optuna.Study, watch: Watch, say: Say = print) -> None:
-    """Fail the running trials whose worker is dead, and put their candidates back."""
+def _taken_over(study: optuna.Study, plan: Plan, watch: Watch, say: Say) -> optuna.Trial | None:
+    """The first trial that nobody runs any more: its worker is dead, gave it back, or died at the desk."""
     for trial in _trials(study):
         if trial.state != TrialState.RUNNING or is_evaluated(trial):
             continue
-        shown = trial.user_attrs.get("worker")
-        # Whoever stands at the desk runs nothing, so a trial of its own is one that it was interrupted in.
-        own = isinstance(shown, dict) and shown.get("id") == own_id()
-        if not (own or watch.is_dead(("trial", trial.number), shown)):
-            continue
-        if _fail(study, trial, LOST):
-            say(f"trial {trial.number}: its worker is gone, taken up again")
-            _put_back(study, trial)
-
-
-def refill(study: optuna.Study, plan: Plan) -> None:
-    """Put in the queue what must be tried and is not in the study: the baseline, starters, what a killed worker left.
-
-    Whoever is killed between failing a trial and putting its candidate back leaves that to the next.
-    """
-    trials = _trials(study)
-    present = {_key(trial) for trial in standing(trials)}
-    room = plan.trials - len(standing(trials))
-    baseline, *others = plan.starters
-    if digest(baseline) not in present:
-        _enqueue(study, plan, baseline, baseline=True)
-        present.add(digest(baseline))
-        room -= 1
-    continued = {trial.user_attrs.get("retry_of") for trial in trials}
-    for trial in trials:
-        left = trial.state == TrialState.FAIL and trial.user_attrs.get("reason") == LOST
-        if left and room > 0 and trial.number not in continued and _key(trial) not in {None, *present}:
-            _put_back(study, trial)
-            present.add(_key(trial))
-            room -= 1
-    tried = {_key(trial) for trial in trials} | present
-    for starter in others:
-        if room > 0 and digest(starter) not in tried:
-            _enqueue(study, plan, starter)
-            room -= 1
+        asked = candidate_of(trial) is not None
+        # Whoever stands at the desk runs nothing, and whoever is chosen a candidate for stands there.
+        free = not asked or _owner(trial) in (None, own_id())
+        if watch.is_dead(("trial", trial.number), trial.user_attrs.get("worker")) or free:
+            if not asked and not _may_propose(plan, _trials(study), trial.number):
+                return None
+            if asked:
+                say(f"trial {trial.number}: its worker is gone, taken up again")
+            return optuna.Trial(study, trial._trial_id)
+    return None
 
 
 def _ask(study: optuna.Study, plan: Plan) -> optuna.Trial | None:
-    """The next trial: one that waits, or a new one where there is room for it."""
-    counted = standing(_trials(study))
-    if len(counted) < plan.trials or any(trial.state == TrialState.WAITING for trial in counted):
-        return study.ask()
-    return None
+    """The next trial: one that waits, or a new one where there is room for it; None until it may be proposed."""
+    trials = _trials(study)
+    waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+    if waiting is None and len(standing(trials)) >= plan.trials:
+        return None
+    given = waiting is not None and candidate_of(waiting) is not None
+    number = len(trials) if waiting is None else waiting.number
+    return study.ask() if given or _may_propose(plan, trials, number) else None
+
+
+def _may_propose(plan: Plan, trials: Sequence[FrozenTrial], number: int) -> bool:
+    """Whether all is known that the trial of this number is chosen by."""
+    if _starter(plan, trials, number) is not None:
+        return True
+    return all(trial.state.is_finished() for trial in trials[: plan.sight.known(number)])
+
+
+def _starter(plan: Plan, trials: Sequence[FrozenTrial], number: int) -> Candidate | None:
+    """What must be tried and was not before this trial: the baseline until it stands, every other starter once."""
+    before = trials[:number]
+    baseline, *others = plan.starters
+    if digest(baseline) not in {_key(trial) for trial in standing(before)}:
+        return baseline
+    tried = {_key(trial) for trial in before}
+    return next((starter for starter in others if digest(starter) not in tried), None)
 
 
 def _settled_candidate(study: optuna.Study, plan: Plan, trial: optuna.Trial) -> Candidate | None:
     """What a trial is to try, named and stored; None when the trial is one too many and was failed."""
+    trials = _trials(study)
+    if candidate_of(trials[trial.number]) is None:
+        starter = _starter(plan, trials, trial.number)
+        if starter is not None:
+            trial.set_user_attr("candidate", starter.to_json())
+            study.sampler.before_trial(study, trials[trial.number])
     for parameter in parameters(plan.space):
         _suggest(trial, parameter)  # the sampler proposes at the first of them, and stores what it proposes
-    trials = {t.number: t for t in _trials(study)}
+    trials = _trials(study)
     candidate = candidate_of(trials[trial.number])
     if candidate is None:
         raise ConfigError(f"trial {trial.number} has no candidate: the study's sampler is not one of this package's")
     key = digest(candidate)
+    # At the desk neither happens; a shared disk's locks may not work.
+    others = [other for other in standing(trials) if other.number != trial.number]
+    surplus = sum(other.number < trial.number for other in others) >= plan.trials and key != digest(plan.starters[0])
+    if surplus or any(_key(other) == key for other in others):
+        _fail(study, trial, "surplus" if surplus else "duplicate")
+        return None
     trial.set_user_attr("key", key)
-    before = [t for number, t in trials.items() if number < trial.number and t.state != TrialState.FAIL]
-    # At the desk neither happens; where a shared disk's locks do not work, the lower number wins.
-    if any(_key(t) == key for t in before):
-        _fail(study, trial, "duplicate")
-        return None
-    if len(before) >= plan.trials and not is_baseline(trials[trial.number]):
-        _fail(study, trial, "surplus")
-        return None
+    if key == digest(plan.starters[0]):
+        trial.set_user_attr("baseline", True)
     return candidate
 
 
@@ -241,22 +270,6 @@ def _key(trial: FrozenTrial) -> str | None:
         return str(kept)
     candidate = candidate_of(trial)
     return None if candidate is None else digest(candidate)
-
-
-def _enqueue(study: optuna.Study, plan: Plan, candidate: Candidate, baseline: bool = False) -> None:
-    attributes: dict[str, Any] = {"candidate": candidate.to_json(), "key": digest(candidate)}
-    if baseline:
-        attributes["baseline"] = True
-    study.enqueue_trial(within(distributions(plan.space), candidate.values), user_attrs=attributes)
-
-
-def _put_back(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue the candidate of a lost trial; one that had none yet is simply asked for anew."""
-    if trial.user_attrs.get("candidate") is None:
-        return
-    kept: dict[str, Any] = {k: v for k, v in trial.user_attrs.items() if k in ("candidate", "key", "baseline")}
-    params = trial.system_attrs.get("fixed_params") or trial.params
-    study.enqueue_trial(dict(params), user_attrs={**kept, "retry_of": trial.number})
 
 
 def _tell(study: optuna.Study, trial: FrozenTrial, values: Sequence[float]) -> None:
@@ -288,19 +301,26 @@ def _run(
 ) -> None:
     """Run one trial and store its outcome, or that it was pruned, or why it failed."""
     is_base = candidate.key == plan.starters[0].key
+    reported = set(_trials(study)[trial.number].intermediate_values)  # by a worker that had this trial before
 
     def progress(step: int, validation_loss: float) -> None:
         if lost.is_set():
             raise TakenAway
         if plan.prunes and math.isfinite(validation_loss):
-            trial.report(-validation_loss, step)
+            if step not in reported:
+                trial.report(-validation_loss, step)
             if not is_base and trial.should_prune():
                 raise optuna.TrialPruned
 
     folder = plan.folder(candidate)
     started = time.monotonic()
     try:
-        outcome = runner(candidate, plan.seed, folder, progress)
+        try:
+            outcome = runner(candidate, plan.seed, folder, progress)
+        except Exception:
+            if lost.is_set():  # two in one folder disturb each other: what went wrong is no fault of the candidate
+                raise TakenAway from None
+            raise
         record(trial, outcome, str(folder.relative_to(plan.run)))
     except optuna.TrialPruned:
         trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
@@ -309,7 +329,7 @@ def _run(
     except (TakenAway, UpdateFinishedTrialError):
         say(f"trial {trial.number}: taken up by another worker, as this one was silent for too long")
     except (Interrupted, DiskFullError):  # no fault of the candidate: whoever comes next goes on with it
-        _fail(study, trial, LOST)
+        trial.set_user_attr("worker", None)
         raise
     except Exception as problem:
         _fail(study, trial, str(problem) or type(problem).__name__)
