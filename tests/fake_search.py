@@ -28,7 +28,7 @@ from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.proposals import sample
 from hydra_vlm.search.samplers import Sight, distributions, within
 from hydra_vlm.search.space import Candidate, Space
-from hydra_vlm.search.study import Outcome, candidate_of, create_study, digest, open_storage
+from hydra_vlm.search.study import Outcome, Say, aloud, candidate_of, create_study, digest, open_storage
 from hydra_vlm.search.worker import Plan, work
 
 GRAPH = llama_graph("tiny", 6, 64, 176)
@@ -126,10 +126,10 @@ def fake_plan(run: Path, trials: int, grace: float = 2.0, **more: Any) -> Plan:
     return Plan(run, room, Objective(), starters(room), trials, grace=grace, **more)
 
 
-def fake_study(plan: Plan, url: str | None = None, sampler: Any = None, **plug: Any) -> optuna.Study:
+def fake_study(plan: Plan, url: str | None = None, sampler: Any = None, say: Say = aloud, **plug: Any) -> optuna.Study:
     plan.run.mkdir(parents=True, exist_ok=True)
     plug["sampler"] = sampler or DrawSampler(plan.space)
-    return create_study(plan.run, open_storage(plan.run, url), url, 1, **plug)
+    return create_study(plan.run, open_storage(plan.run, url, say), url, 1, say, **plug)
 
 
 def main() -> None:

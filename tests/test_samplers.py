@@ -147,7 +147,7 @@ def test_a_proposal_follows_from_seed_number_and_finished_trials(name: str, tmp_
     space, objective = space_of(EMBEDDED, 4, tuned=TUNING), Objective()
     settings = replace(QUICK, n_startup=6)
     found: list[list[object]] = []
-    for seed, at in ((1, {}), (1, {"storage": open_journal(tmp_path / "journal")}), (2, {})):
+    for seed, at in ((1, {}), (1, {"storage": open_journal(tmp_path / "journal", "search", print)}), (2, {})):
         study = new_study(name, space, objective, settings, seed, **at)
         first = None
         found.append([])
@@ -163,7 +163,6 @@ def test_a_proposal_follows_from_seed_number_and_finished_trials(name: str, tmp_
     assert found[0] != found[2]
 
 
-@pytest.mark.parametrize("name", ["phi", "evolution"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_proposal_for_two_at_once_does_not_see_which_of_them_was_faster(name: str) -> None:
     """The trial beside it is finished, failed or still runs: all the same; the one before that is known."""
@@ -184,6 +183,7 @@ def test_a_proposal_for_two_at_once_does_not_see_which_of_them_was_faster(name: 
     assert len(set(found)) == 1
 
 
+@pytest.mark.parametrize("name", ["phi", "evolution"])
 def test_what_is_enqueued_is_run_as_it_is(name: str) -> None:
     space = space_of(EMBEDDED, 4, open=True)
     study = new_study(name, space, Objective())

@@ -328,7 +328,7 @@ def outcome(run: Path) -> dict[str, object]:
 def test_a_killed_search_ends_as_an_undisturbed_one(
     home: Path, undisturbed: dict[str, object], tmp_path: Path, moment: str
 ) -> None:
-    """The only worker of the machine; the proposals are the same, as the same trials are known to them."""
+    """The only worker of the machine: trials, finals, records and adapters are the same, to the bit."""
     run = tmp_path / "run"
     words = ("search", str(home / "config.yaml"), "--out", str(run))
     with (tmp_path / "log").open("wb") as log:
@@ -345,10 +345,6 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     told = again.communicate(timeout=600)[1]
     assert again.returncode == 0, told
     assert before.items() <= stamps(run).items()
-    assert states(run).count("COMPLETE") == 5
-    assert states(run).count("FAIL") == (1 if moment in ("training", "evaluation") else 0)
-    assert set(outcome(run)) == set(undisturbed) or moment in ("training", "evaluation")
-    shared = set(outcome(run)) & set(undisturbed)
-    assert len(shared) >= 4
-    assert {name: outcome(run)[name] for name in shared} == {name: undisturbed[name] for name in shared}
+    assert states(run) == ["COMPLETE"] * 5
+    assert outcome(run) == undisturbed
     assert yaml.safe_load((run / "config.yaml").read_text())["search"]["trials"] == 5

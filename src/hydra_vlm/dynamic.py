@@ -33,6 +33,7 @@ from hydra_vlm.search.study import (
     answering,
     close_storage,
     create_study,
+    journal,
     open_storage,
     require_study,
 )
@@ -74,16 +75,17 @@ def work_in(config: Config, out: Path, storage: str | None = None, say: Say = pr
     config = without_password(config, url)
     kept = config.search
     with answering(url), ExitStack() as opened:
-        database = open_storage(out, url) if url else None  # first: whether it answers is known without a model
-        if database is not None:
-            opened.callback(close_storage, database)
+        storage_here = None
+        if url or journal(out).exists():  # first: whether it answers and is sound is known without a model
+            storage_here = open_storage(out, url, say)
+            opened.callback(close_storage, storage_here)
         study = _prepared(config, out, say)
         objective = Objective.parse(kept.objective)
         objective.check([task.name for task in study.tasks])
         if study.data.validation is None and (kept.pruner != "none" or kept.objective == "loss"):
             raise ConfigError("search.pruner and objective loss read the validation loss: give data.validation")
-        storage_here = database or open_storage(out)
-        trials = create_study(out, storage_here, url, objective.n_values, pruner=_pruner(kept.pruner))
+        storage_here = storage_here or open_storage(out, say=say)
+        trials = create_study(out, storage_here, url, objective.n_values, say, pruner=_pruner(kept.pruner))
         trials.set_user_attr(PREPARED, True)
         plan = _plan(study, trials, objective, say)
         settings = PhiSettings(model=kept.model, n_startup=kept.startup)

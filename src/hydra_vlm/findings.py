@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydra_vlm.config import Config
 from hydra_vlm.errors import RunFolderError
-from hydra_vlm.files import whole_folder, write_json, write_text
+from hydra_vlm.files import read_value, whole_folder, write_json, write_text
 from hydra_vlm.reading import read_json, read_text
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.report.comparison import Comparison, Measure, compare
@@ -183,7 +183,8 @@ def _final_records(run: Path, best: Best, seeds: tuple[int, ...]) -> Records:
             path = run / "final" / "trials" / f"{name}-seed{seed}" / "record.json"
             if not path.is_file():
                 raise RunFolderError(f"{path} is missing, so the search is not done: start the same command again")
-            found.setdefault(name, {})[seed] = TrialRecord.from_json(read_json(path))
+            remedy = "remove it and start the same command again, which trains and scores this run anew"
+            found.setdefault(name, {})[seed] = read_value(path, TrialRecord.from_json, remedy)
     return found
 
 

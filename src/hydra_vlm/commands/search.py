@@ -14,7 +14,7 @@ from hydra_vlm.errors import ConfigError, HydraError
 from hydra_vlm.ranges import most_workers
 from hydra_vlm.run_folder import A_WORKERS_OWN, environment, open_run
 from hydra_vlm.search.objective import Objective
-from hydra_vlm.search.study import PREPARED, answering, close_storage, create_study, open_storage
+from hydra_vlm.search.study import PREPARED, answering, close_storage, create_study, journal, open_storage
 from hydra_vlm.search_request import check_search, for_workers, without_password
 
 STORAGE = "HYDRA_VLM_STORAGE"
@@ -62,12 +62,12 @@ def run_workers(config: Config, out: Path, cards: Sequence[str | None], storage:
     config = for_workers(config, len(cards))
     config = without_password(config, url)
     with answering(url):
-        opened = open_storage(out, url) if url else None
+        opened = open_storage(out, url, say) if url or journal(out).exists() else None
         open_run(out, config, environment(A_WORKERS_OWN, A_WORKERS_OWN))
-        opened = opened or open_storage(out)
+        opened = opened or open_storage(out, say=say)
         running: list[Worker] = []
         try:
-            study = create_study(out, opened, url, Objective.parse(config.search.objective).n_values)
+            study = create_study(out, opened, url, Objective.parse(config.search.objective).n_values, say)
             for number, card in enumerate(cards, 1):
                 running.append(Worker(number, out, worker_environment(card, len(cards), url), say))
                 while number == 1 and PREPARED not in study.user_attrs and running[0].process.poll() is None:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import re
+import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,16 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from hydra_vlm.errors import ConfigError, RunFolderError
-from hydra_vlm.files import write_json
+from hydra_vlm.files import read_value, write_json
 from hydra_vlm.liveness import Watch, waiting_for
-from hydra_vlm.reading import read_json
 from hydra_vlm.search.journal import open_journal
 from hydra_vlm.search.space import Candidate
 
 NAME = "search"
 """The study's name in a journal file; in a database it also says of which run folder."""
+
+DESCRIPTION = "study.json"
+JOURNAL = "study.journal"
 
 BASELINE = "uniform"
 """Folder name of the baseline's trial."""
@@ -40,6 +43,8 @@ PREPARED = "prepared"
 CONNECT_SECONDS = 10
 SETTLED = 30.0
 """Seconds after which somebody silent who was to make the study is taken for dead."""
+
+Say = Callable[[str], None]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -70,7 +75,7 @@ class Runner(Protocol):
 
 def journal(run: Path) -> Path:
     """The journal file of a run folder."""
-    return run / "study.journal"
+    return run / JOURNAL
 
 
 def masked(url: str) -> str:
@@ -95,15 +100,21 @@ def check_storage(url: str) -> str:
     return f"postgresql+psycopg://{rest}"
 
 
-def open_storage(run: Path, url: str | None = None) -> BaseStorage:
-    """The journal file in the run folder, or the database of a URL.
+def aloud(line: str) -> None:
+    """Say it on standard error, beside the results."""
+    print(line, file=sys.stderr)
+
+
+def open_storage(run: Path, url: str | None = None, say: Say = aloud) -> BaseStorage:
+    """The journal file in the run folder, repaired where it is damaged, or the database of a URL.
 
     Raises:
+        RunFolderError: something else stands in the journal's place.
         ConfigError: SQLite, a URL of something else, or a server that does not answer; never with the password.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
-        return open_journal(journal(run))
+        return open_journal(journal(run), NAME, say)
     address = check_storage(url)
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -157,47 +168,115 @@ def _first_line(problem: Exception, url: str) -> str:
     return lines[0][:300] if lines else type(problem).__name__
 
 
-def create_study(run: Path, storage: BaseStorage, url: str | None, n_values: int, **plug: Any) -> optuna.Study:
+@dataclass(frozen=True)
+class Described:
+    """What `study.json` keeps: the study's name, where it is (without the password), and how many values it has."""
+
+    name: str
+    storage: str
+    values: int
+
+    @property
+    def is_in_database(self) -> bool:
+        return "://" in self.storage
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Described":
+        """Raises RunFolderError for anything that no search has written."""
+        found = cls(data["name"], data["storage"], data["values"])
+        if not (isinstance(found.name, str) and isinstance(found.storage, str)) or type(found.values) is not int:
+            raise RunFolderError("name and storage are texts, values is a number")
+        if not found.is_in_database and (found.name, found.storage) != (NAME, JOURNAL):
+            raise RunFolderError(f"a study in a file has the name {NAME!r} and the storage {JOURNAL!r}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "storage": self.storage, "values": self.values}
+
+
+def create_study(
+    run: Path, storage: BaseStorage, url: str | None, n_values: int, say: Say = aloud, **plug: Any
+) -> optuna.Study:
     """The run folder's study, made where it is not there yet; `plug` gives sampler and pruner.
 
-    `study.json` in the folder keeps its name and, without the password, where it is.
+    `study.json` in the folder keeps its name and, without the password, where it is. A journal without its study is
+    filled anew: every trial that has a record is read back from it.
+
+    Raises:
+        RunFolderError: the study is elsewhere, or is another one.
     """
     with waiting_for(run / "claims" / "study", Watch(SETTLED)):
-        stored = run / "study.json"
-        if not stored.is_file():
+        kept = _described(run, url)
+        is_new = kept is None
+        if kept is None:
             name = NAME if url is None else f"{NAME}-{run.resolve().name}-{uuid.uuid4().hex[:8]}"
-            write_json(stored, {"name": name, "storage": masked(url) if url else journal(run).name, "values": n_values})
-        kept = read_json(stored)
-        is_url = "://" in kept["storage"]
-        if is_url != (url is not None):
-            there = kept["storage"] if is_url else "the journal file"
+            kept = Described(name, masked(url) if url else JOURNAL, n_values)
+        if kept.is_in_database != (url is not None):
+            there = kept.storage if kept.is_in_database else "the journal file"
             raise RunFolderError(f"the study of {run} is kept in {there}: go on with it there, or name another --out")
-        if kept["values"] != n_values:
-            raise RunFolderError(
-                f"the study of {run} maximises {kept['values']} values and the objective asked for has {n_values}: "
-                "name another --out"
-            )
-        directions = [optuna.study.StudyDirection.MAXIMIZE] * n_values
+        before = {study.study_name: study.directions for study in storage.get_all_studies()}
+        _check_other(run, kept, before, n_values)
+        if is_new:
+            write_json(run / DESCRIPTION, kept.to_json())
+        elif kept.name not in before:
+            say(f"{kept.storage} holds no study of {run}: made anew, and every trial that has a record is read back")
         return optuna.create_study(
-            storage=storage, study_name=kept["name"], directions=directions, load_if_exists=True, **plug
+            storage=storage, study_name=kept.name, directions=_directions(n_values), load_if_exists=True, **plug
         )
+
+
+def _directions(n_values: int) -> list[optuna.study.StudyDirection]:
+    return [optuna.study.StudyDirection.MAXIMIZE] * n_values
+
+
+def _check_other(run: Path, kept: Described, before: Mapping[str, Sequence[Any]], n_values: int) -> None:
+    """Raise RunFolderError for a study that is not this search's."""
+    if not kept.is_in_database and before and kept.name not in before:
+        others = ", ".join(map(repr, list(before)[:3]))
+        raise RunFolderError(
+            f"{journal(run)} holds the study {others} and not {kept.name!r}, so it is another program's: put back the "
+            "search's own file, or move this one away, and finished trials are read back from their records"
+        )
+    if list(before.get(kept.name, _directions(n_values))) == _directions(n_values):
+        return
+    told = [direction.name.lower() for direction in before[kept.name]]
+    raise RunFolderError(
+        f"the study of {run} is to {', '.join(told)} {len(told)} values and the objective asked for has {n_values} to "
+        "maximize: name another --out"
+    )
+
+
+def _described(run: Path, url: str | None) -> Described | None:
+    """What `study.json` says; None where it is missing, or is damaged and can be made again."""
+    path = run / DESCRIPTION
+    if not path.exists():
+        return None
+    name = f"{NAME}-{run.resolve().name}-..."
+    like = json.dumps({"name": name, "storage": masked(url or "postgresql://..."), "values": 1})
+    try:
+        return read_value(path, Described.from_json, f"put it back, or write {like} with the name in the database")
+    except RunFolderError:
+        if url is not None or not path.is_file():
+            raise
+        return None  # in a run folder there is one journal, and one study in it
 
 
 def load_study(run: Path, storage: BaseStorage) -> optuna.Study:
     """The run folder's study as it is; raises RunFolderError when there is none."""
     require_study(run)
-    name = read_json(run / "study.json")["name"]
+    is_journal = journal(run).is_file()
+    kept = _described(run, None if is_journal else "")
+    name = NAME if kept is None else kept.name
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
-        raise RunFolderError(
-            f"the study {name!r} of {run} is not in its storage: give the --storage that it was made with"
-        ) from None
+        remedy = "start the same command again" if is_journal else "give the --storage that it was made with"
+        raise RunFolderError(f"the study {name!r} of {run} is not in its storage: {remedy}") from None
 
 
 def study_exists(run: Path) -> bool:
     """Whether a search has made its study in this run folder."""
-    return (run / "study.json").is_file()
+    return (run / DESCRIPTION).is_file() or journal(run).is_file()
 
 
 def require_study(run: Path) -> None:

@@ -28,7 +28,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hydra_vlm.errors import ConfigError, DataError, DiskFullError, HydraError
+from hydra_vlm.errors import ConfigError, DataError, DiskFullError, HydraError, RunFolderError
 from hydra_vlm.interruption import Interrupted
 from hydra_vlm.liveness import Watch, beating, heartbeat, own_id, waiting_for
 from hydra_vlm.search.objective import Objective
@@ -47,6 +47,9 @@ from hydra_vlm.search.study import (
     record,
     standing,
 )
+
+NOT_ITS_FAULT = (DiskFullError, RunFolderError)
+"""What ends a worker and is no fault of the candidate that it runs: no room, a damaged file in its folder."""
 
 PATIENCE = 3
 """So many failures of a worker in a row end it."""
@@ -115,7 +118,7 @@ def work(study: optuna.Study, plan: Plan, runner: Runner, say: Say = print) -> N
                     failures = 0
                 except HydraError as problem:
                     failures += 1
-                    if failures == PATIENCE or isinstance(problem, DiskFullError):
+                    if failures == PATIENCE or isinstance(problem, NOT_ITS_FAULT):
                         raise
 
 
@@ -233,9 +236,12 @@ def _settled_candidate(study: optuna.Study, plan: Plan, trial: optuna.Trial) -> 
         starter = _starter(plan, trials, trial.number)
         if starter is not None:
             trial.set_user_attr("candidate", starter.to_json())
-            study.sampler.before_trial(study, trials[trial.number])
+        else:  # the sampler stores what it proposes
+            view = study.sampler.infer_relative_search_space(study, trials[trial.number])
+            study.sampler.sample_relative(study, trials[trial.number], view)
+    settled = optuna.Trial(study, trial._trial_id)  # which knows the candidate
     for parameter in parameters(plan.space):
-        _suggest(trial, parameter)  # the sampler proposes at the first of them, and stores what it proposes
+        _suggest(settled, parameter)
     trials = _trials(study)
     candidate = candidate_of(trials[trial.number])
     if candidate is None:
@@ -328,7 +334,7 @@ def _run(
         say(f"trial {trial.number}: pruned")
     except (TakenAway, UpdateFinishedTrialError):
         say(f"trial {trial.number}: taken up by another worker, as this one was silent for too long")
-    except (Interrupted, DiskFullError):  # no fault of the candidate: whoever comes next goes on with it
+    except (Interrupted, *NOT_ITS_FAULT):  # whoever comes next goes on with it
         trial.set_user_attr("worker", None)
         raise
     except Exception as problem:
