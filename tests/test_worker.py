@@ -29,6 +29,7 @@ from fake_search import fake_plan, fake_runner, fake_study, score
 from hydra_vlm.errors import ConfigError, DataError, RunFolderError
 from hydra_vlm.liveness import Watch, claimed, heartbeat, host, is_gone, own_id, process_start
 from hydra_vlm.search.journal import cut_unfinished_line
+from hydra_vlm.search.samplers import distributions
 from hydra_vlm.search.study import (
     Outcome,
     candidate_of,
@@ -267,11 +268,13 @@ def test_values_wait_for_the_baseline(tmp_path: Path) -> None:
     def runner(candidate: Any, *rest: Any) -> Outcome:
         if candidate.key == plan.starters[0].key:  # by now this process stands for two workers
             inner = fake_study(plan)
-            trial = inner.ask()
+            trial = inner.ask(distributions(plan.space))
             trial.set_user_attr("worker", {"id": "elsewhere:1:1", "beat": 1})
-            found = plan.starters[1]
-            trial.set_user_attr("candidate", found.to_json())
+            found = candidate_of(inner.trials[trial.number])
+            assert found is not None
+            trial.set_user_attr("key", digest(found))
             fast(found, 0, plan.folder(found), lambda step, loss: None)
+            trial.set_user_attr("record", str(plan.folder(found).relative_to(tmp_path)))
             trial.set_user_attr("seconds", 1.0)
             trial.set_user_attr("scores", {"gqa": score(found)})
             seen.append([t.state.name for t in inner.trials])
