@@ -157,7 +157,7 @@ def test_experts_that_are_linears_are_adapted_and_their_router_is_not() -> None:
 
 def test_a_vision_language_mixture_is_trained_and_says_what_is_left_out(tmp_path: Path) -> None:
     model, data = MIXTURE.save(tmp_path / "model"), write_toy_data(tmp_path / "toy")
-    config = toy_config(model, data, "training.steps=2", "profile.steps=2", "schedules=[fine]")
+    config = toy_config(model, data, "training.steps=2", "profile.steps=3", "schedules=[fine]")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = [str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, ["tune", *words], catch_exceptions=False)

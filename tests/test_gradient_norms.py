@@ -1,15 +1,20 @@
 """The profile's norms against a recomputation in plain PyTorch on the same batches."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
+from hydra_vlm.config import steps_without_a
 from hydra_vlm.data.instruction import InstructionDataset
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.data.records import read_records
+from hydra_vlm.errors import TrainingError
+from hydra_vlm.graph import ComputationGraph, Projection
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.recipe import InstructionData, finetune, prepare
@@ -66,12 +71,45 @@ def test_norms_equal_a_plain_recomputation(
             ]
         )
         torch.testing.assert_close(callback.norms[step], expected, rtol=1e-6, atol=1e-9)
-    profile = callback.profile(skip=1)
-    assert profile.steps == STEPS - 1
-    kept = torch.stack(callback.norms[1:]).double()
+    assert steps_without_a(config.training.warmup_ratio) == 2
+    said: list[str] = []
+    profile = callback.profile(skip=1, say=said.append)
+    assert (profile.steps, profile.skipped) == (STEPS - 2, 2)  # the warm-up's first rate is 0: B is zero at step 2, too
+    assert said == ["profile: 1 more steps left out, in which B was still zero and A had no gradient"]
+    kept = torch.stack(callback.norms[2:]).double()
     torch.testing.assert_close(torch.tensor(profile.mean).double(), kept.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.tensor(profile.spread).double(), kept.std(0, correction=0), rtol=1e-5, atol=1e-9)
-    assert float(callback.norms[0][:, 0].max()) == 0.0  # B starts at zero, so A has no gradient at step one
+    assert [float(norms[:, 0].max()) > 0 for norms in callback.norms] == [False, False, True]
+    assert all(float(norms[:, 1].min()) > 0 for norms in callback.norms)
+
+
+def recorded(*steps: list[list[float]]) -> GradientNormCallback:
+    """A callback with these norms, (A, B) by projection, of a graph of as many projections."""
+    callback = GradientNormCallback.__new__(GradientNormCallback)
+    graph = ComputationGraph("g", tuple(Projection(i, "q_proj", 4, 4) for i in range(len(steps[0]))))
+    callback.parts = SimpleNamespace(graph=graph)  # type: ignore[assignment]
+    callback.norms = [torch.tensor(step) for step in steps]
+    return callback
+
+
+def test_zeros_are_not_averaged_silently() -> None:
+    asleep, nan = [[0.0, 2.0], [0.0, 2.0]], [[math.nan, 1.0], [1.0, 1.0]]
+    half = [[0.0, 4.0], [3.0, 5.0]]  # the first projection's B moves later
+    unreached = [[0.0, 0.0], [5.0, 7.0]]
+    said: list[str] = []
+    profile = recorded(asleep, asleep, nan, half, [[2.0, 6.0], [5.0, 7.0]]).profile(1, said.append)
+    assert profile.mean == ((2.0, 5.0), (4.0, 6.0))
+    assert profile.spread == ((0.0, 1.0), (1.0, 1.0))
+    assert (profile.steps, profile.skipped, len(said)) == (2, 2, 1)
+    said.clear()
+    profile = recorded([[2.0, 6.0], [5.0, 7.0]], unreached).profile(0, said.append)
+    assert profile.mean == ((1.0, 3.0), (5.0, 7.0))
+    assert said == [
+        "profile: 1 of 2 steps did not reach 1 projections (records without an image?): their norm there is 0"
+    ]
+    for steps in ((asleep, asleep), (asleep, nan), (asleep, half)):
+        with pytest.raises(TrainingError, match=r"too few for a profile: .* raise profile.steps"):
+            recorded(*steps).profile(1)
 
 
 class _Seen:

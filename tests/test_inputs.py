@@ -26,7 +26,7 @@ from hydra_vlm.training.trainer import VLMTrainer
 from tiny import toy_config, write_toy_data
 
 REMEDY = "put back what was there and repeat the command to go on with the run, or name another --out"
-ONE = ("schedules=[uniform]", "profile.steps=2", "training.steps=2", "evaluation.zero_shot=false")
+ONE = ("schedules=[uniform]", "profile.steps=3", "training.steps=2", "evaluation.zero_shot=false")
 
 
 def quiet(_: str) -> None:

@@ -129,6 +129,9 @@ def test_numbers_that_do_not_go_together() -> None:
     for words in (["profile.skip=40"], ["profile.steps=5"], ["profile.steps=3", "profile.skip=7"]):
         with pytest.raises(ConfigError, match=r"override 'profile\..*: profile.skip \d+ leaves none of profile.steps"):
             load_config(None, words)
+    with pytest.raises(ConfigError, match=r"profile.steps 2 is too few: .* measure 3 steps or more"):
+        load_config(None, ["profile.steps=2", "profile.skip=1"])
+    load_config(None, ["profile.steps=2", "profile.skip=1", "training.warmup_ratio=0"])
     with pytest.raises(ConfigError, match=r"the budget is empty: give budget.rank or budget.parameters"):
         load_config(None, ["budget.rank=null"])
 

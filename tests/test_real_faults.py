@@ -97,7 +97,7 @@ def test_too_little_memory_and_then_a_smaller_batch(config: Path, tmp_path: Path
     long = [{"from": "human", "value": "<image>\nsay it"}, {"from": "gpt", "value": "ab " * 100}]
     toy.write_text(json.dumps([{"id": f"{n}", "image": f"{n % 8}.png", "conversations": long} for n in range(96)]))
     run = tmp_path / "run"
-    words = ("tune", str(config), "--out", str(run), "training.batch_size=96", "training.steps=3", "profile.steps=2")
+    words = ("tune", str(config), "--out", str(run), "training.batch_size=96", "training.steps=3", "profile.steps=3")
     code, told = ended(launch(code=LIMITED.format(megabytes=900, words=words)))
     assert code == 2, told
     assert "error: out of memory while training" in told

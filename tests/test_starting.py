@@ -252,7 +252,7 @@ def test_a_whole_run_starts_from_it_is_recorded_and_bound_to_it(
     tiny_model: Path, theirs: tuple[Path, Tensor], tmp_path: Path
 ) -> None:
     toy, folder = write_toy_data(tmp_path / "toy"), shutil.copytree(theirs[0], tmp_path / "adapter")
-    options = (f"training.start_from={folder}", "training.steps=2", f"schedules=[{OWN}, coarse]", "profile.steps=2")
+    options = (f"training.start_from={folder}", "training.steps=2", f"schedules=[{OWN}, coarse]", "profile.steps=3")
     (tmp_path / "config.yaml").write_text(toy_config(tiny_model, toy, *options).to_yaml())
 
     def tuned(*words: str) -> Any:

@@ -327,9 +327,24 @@ class Config(_Section):
         "flash attention needs its package",
     )
 
+    @model_validator(mode="after")
+    def _profile_sees_a(self) -> "Config":
+        least = steps_without_a(self.training.warmup_ratio)
+        if self.profile.steps <= least and self.training.start_from is None:
+            raise ValueError(
+                f"profile.steps {self.profile.steps} is too few: LoRA's A has no gradient in the first {least}, as B "
+                f"is zero until a step with a learning rate above 0 is done: measure {least + 1} steps or more"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def steps_without_a(warmup_ratio: float) -> int:
+    """The first steps in which LoRA's A has no gradient: B starts at zero, and a warm-up's first rate is 0, too."""
+    return 2 if warmup_ratio > 0 else 1
 
 
 @dataclass(frozen=True)

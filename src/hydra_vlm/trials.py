@@ -220,7 +220,7 @@ def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
             )
         except Interrupted as stop:
             raise Interrupted(stop.number, "the same command measures the profile anew") from None
-        profile = callback.profile(settings.skip)
+        profile = callback.profile(settings.skip, say)
     study.require_unchanged(scratch)
     by_first(lambda: _keep_profile(profile, stored, scratch))
     return profile

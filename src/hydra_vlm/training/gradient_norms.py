@@ -3,14 +3,14 @@
 At every optimizer step, after accumulation and before clipping, the L2 norm of the gradient of each LoRA tensor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hydra_vlm.errors import GraphMismatchError
+from hydra_vlm.errors import GraphMismatchError, TrainingError
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.training.sharding import norms_of
@@ -44,20 +44,43 @@ class GradientNormCallback(TrainerCallback):
         if len(self.norms) <= state.global_step:  # the trainer records before clipping; without clipping, here
             self.record()
 
-    def profile(self, skip: int) -> GradientNormProfile:
+    def profile(self, skip: int, say: Callable[[str], None] = lambda line: None) -> GradientNormProfile:
         """Mean and standard deviation over the steps after the first `skip`.
 
-        B starts at zero, so at step one A has no gradient: `skip` should be at least 1.
+        A has no gradient as long as B is zero, which it is until a step with a learning rate above 0 was applied: such
+        steps are left out, also for a single projection whose B begins to move later. `say` is told of more than
+        `skip` left out, and of projections that a step did not reach.
+
+        Raises:
+            TrainingError: no step is left, or none in which some projection's A had a gradient.
         """
-        kept = torch.stack(self.norms[skip:])
-        kept = kept[kept.isfinite().flatten(1).all(dim=1)]  # without steps that were left out
-        spread = kept.std(dim=0, correction=0)
+        norms = torch.stack(self.norms)[skip:].double()
+        norms = norms[norms.isfinite().flatten(1).all(dim=1)]  # without steps that were not applied
+        still = (norms[:, :, 0] == 0).all(dim=1)
+        kept = norms[~still]
+        counted = torch.ones_like(kept, dtype=torch.bool)
+        counted[:, :, 0] = (kept[:, :, 0] > 0) | (kept[:, :, 1] == 0)
+        steps = counted.sum(dim=0)
+        if not len(kept) or not bool(steps.all()):
+            raise TrainingError(
+                f"{len(self.norms)} steps are too few for a profile: after the first {skip}, LoRA's A had no gradient "
+                "in any step of some projection, since its B was zero: raise profile.steps"
+            )
+        if still.any():
+            say(f"profile: {int(still.sum())} more steps left out, in which B was still zero and A had no gradient")
+        if (unreached := (kept == 0).all(dim=2)).any():
+            say(
+                f"profile: {int(unreached.any(dim=1).sum())} of {len(kept)} steps did not reach "
+                f"{int(unreached.any(dim=0).sum())} projections (records without an image?): their norm there is 0"
+            )
+        mean = (kept * counted).sum(dim=0) / steps
+        spread = (((kept - mean) ** 2 * counted).sum(dim=0) / steps).sqrt()
         return GradientNormProfile(
             graph=self.parts.graph,
-            mean=tuple((float(a), float(b)) for a, b in kept.mean(dim=0)),
+            mean=tuple((float(a), float(b)) for a, b in mean),
             spread=tuple((float(a), float(b)) for a, b in spread),
             steps=len(kept),
-            skipped=skip,
+            skipped=skip + int(still.sum()),
         )
 
 
