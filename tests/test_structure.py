@@ -22,6 +22,7 @@ from transformers import (
 
 from hydra_vlm.errors import AdapterError, ConfigError
 from hydra_vlm.graph import llama_graph
+from hydra_vlm.models import structure
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from hydra_vlm.models.structure import find_parts
@@ -201,3 +202,18 @@ def test_summary_counts_every_parameter_once() -> None:
     assert lines["projector"][-2:] == [f"{trained:,}", "0"]
     assert lines["vision tower"][-2:] == ["0", f"{sum(p.numel() for p in model.model.vision_tower.parameters()):,}"]
     assert lines["total"][-1] == f"{sum(p.numel() for p in model.parameters()) - trained:,}"
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\w+)+x", r"(a|a)*b", r"((\w*)\.)*\d+", ".*.*.*.*.*x", "a" * 501, r"([a-z]+\.?){9}!"]
+)
+def test_patterns_that_could_take_for_ever_are_not_run(pattern: str) -> None:
+    assert not structure._is_quick(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"model\.layers\.\d+", r"(model|base)\.language_model\.layers\.[0-9]+", r".*\.text\..*layers\.\d+?", "[+*]"],
+)
+def test_patterns_as_people_write_them_are_run(pattern: str) -> None:
+    assert structure._is_quick(pattern)

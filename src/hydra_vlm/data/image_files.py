@@ -4,12 +4,11 @@ Formats are those of photographs and drawings that Pillow decodes by itself; EPS
 rest are refused.
 """
 
-import os
-
 from PIL import Image
 
 from hydra_vlm.errors import DataError
 from hydra_vlm.names import link_fault
+from hydra_vlm.reading import file_fault
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
@@ -26,8 +25,8 @@ def image_fault(path: str, folder: str | None, max_pixels: int) -> str:
 
 def place_fault(path: str, folder: str | None) -> str:
     """Whether the file is missing, or a link leads out of the resolved `folder` (None: anywhere); "" if neither."""
-    if not os.path.isfile(path):
-        return f"image {path} does not exist"
+    if fault := file_fault(path):
+        return f"image {path} {fault}"
     if folder is not None and (fault := link_fault(path, folder, "the image folder")):
         return f"image {path} {fault}"
     return ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra_vlm.data.records import IMAGE_TOKEN
+from hydra_vlm.data.template_trial import bounded, require_ending
 from hydra_vlm.errors import ConfigError, DataError
 
 IGNORED = -100  # what PyTorch's cross entropy leaves out
@@ -166,12 +167,14 @@ def _chat_template(source: str | dict[str, str], tokenizer: Any, image: str) -> 
     """The form of a chat template, told by a trial whether content is typed parts or a string."""
     text = source if isinstance(source, str) else source.get("default", next(iter(source.values())))
 
-    def render(messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
+    def own(messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
         rendered: str = tokenizer.apply_chat_template(
             list(messages), chat_template=text, add_generation_prompt=ask, tokenize=False
         )
         return rendered
 
+    require_ending(text, own)
+    render = bounded(own)
     for typed in (True, False):
         form = ChatTemplate(render, image, typed, tokenizer.eos_token or "")
         try:

@@ -31,6 +31,9 @@ PROJECTOR_NAMES = (
     "language_projection",
     "aligner",
 )
+MOST_REPEATS = 4
+"""Repeats in a decoder_pattern: the time of a match grows with their power of a name's length."""
+
 TOWER, PROJECTOR = "tower", "projector"
 ADAPTABLE = (DECODER, TOWER, PROJECTOR)
 """The parts that LoRA may reach, in the order in which a graph lists them."""
@@ -223,6 +226,12 @@ def _find_layers(model: nn.Module, part: str, what: str = DECODER) -> str:
 
 def _layers_matching(model: nn.Module, pattern: str) -> str:
     """The module list whose members' names the pattern matches."""
+    if not _is_quick(pattern):
+        raise ConfigError(
+            f"decoder_pattern {pattern[:80]!r} could take for ever to match: at most {MOST_REPEATS} of * + {{}}, none of "
+            "them behind a group with another or with | in it, and 500 characters are run. "
+            r"Write the layers' names out, as in 'model\.language_model\.layers\.\d+'."
+        )
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -242,6 +251,24 @@ def _layers_matching(model: nn.Module, pattern: str) -> str:
             r"match every layer and nothing else, as in '" + re.escape(container) + r"\.\d+'."
         )
     return container
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether a regular expression takes polynomial time: no repeats of repeats or of choices, and few repeats."""
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "a", pattern, flags=re.DOTALL)  # escapes and classes are one character
+    repeats, inside, closed = 0, [False], False
+    for place, mark in enumerate(bare):
+        if mark == "(":
+            inside.append(False)
+        elif mark in "*+{" and bare[place - 1 : place] not in ("*", "+", "}", "?"):
+            if closed:
+                return False
+            repeats, inside[-1] = repeats + 1, True
+        elif mark == "|":
+            inside[-1] = True
+        closed = mark == ")" and inside.pop() if len(inside) > 1 or mark != ")" else True
+        inside[-1] |= closed
+    return repeats <= MOST_REPEATS and len(pattern) <= 500
 
 
 def _find_tower(model: nn.Module, names: Mapping[int, str], decoder: str, layers: str) -> str | None:

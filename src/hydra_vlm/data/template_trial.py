@@ -1,0 +1,167 @@
+"""Chat templates end, and write about as much as they are given. No torch.
+
+A template is a program of whoever made the model. Before its first use it is tried on drawn conversations in a process
+of its own that may take `SECONDS` of a processor and `MEMORY` bytes, so loops without end and texts of terabytes end
+there. What it writes later is held to the same bound, linear in the conversation, and a rendering that takes a minute
+is ended. Where a system cannot fork (Windows), the trial is left out and the later bounds hold.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from hydra_vlm.errors import ConfigError, DataError
+
+Messages = Sequence[Mapping[str, Any]]
+Render = Callable[[Messages, bool], str]
+
+SECONDS = 5
+"""Of a processor, for all conversations of the trial; templates take milliseconds."""
+
+LONGEST_WAIT = 120
+"""Seconds by the clock, on a machine that is busy with other things."""
+
+MEMORY = 2**30
+"""Bytes beyond what the process has."""
+
+FEW, TIMES = 2**16, 16
+"""A rendering may have so many characters, and so many times those of its messages on top."""
+
+LONGEST_RENDERING = 60
+"""Seconds of one rendering by the clock."""
+
+TURNS = (1, 2, 8)
+TEXTS = ("what is it?", "a long text, which goes on. " * 800)
+
+_tried: set[str] = set()
+
+
+def require_ending(template: str, render: Render) -> None:
+    """Try a template on drawn conversations, once in a process.
+
+    Raises:
+        ConfigError: it does not end, takes too much memory, or writes too much.
+    """
+    if template in _tried or not hasattr(os, "fork"):
+        return
+    fault = _fault_in_a_fork(render)
+    if fault:
+        raise ConfigError(
+            f"the model's chat template {fault}: it was tried on conversations of up to {max(TURNS)} turns. Put the "
+            "model's own template in its place, or choose data.template from v1, v1-short, plain"
+        )
+    _tried.add(template)
+
+
+def bounded(render: Render) -> Render:
+    """The same rendering, held to its bounds; raises DataError where it passes them."""
+
+    def within_bounds(messages: Messages, ask: bool) -> str:
+        with _ending_within(LONGEST_RENDERING):
+            text = render(messages, ask)
+        if fault := _length_fault(messages, text):
+            raise DataError(f"the model's chat template {fault}")
+        return text
+
+    return within_bounds
+
+
+def _conversations() -> Iterator[list[dict[str, Any]]]:
+    """Of every number of turns and length of text, with content as a string, and as typed parts with an image."""
+    for turns in TURNS:
+        for text in TEXTS:
+            roles = ["user", "assistant"] * turns
+            yield [{"role": role, "content": text} for role in roles]
+            part = {"type": "text", "text": text}
+            yield [{"role": role, "content": [{"type": "image"}, part] if i == 0 else [part]}
+                   for i, role in enumerate(roles)]  # fmt: skip
+
+
+def _length_fault(messages: Messages, text: str) -> str:
+    allowed = FEW + TIMES * sum(_characters(message.get("content")) for message in messages)
+    return f"writes {len(text):,} characters where {allowed:,} are allowed" if len(text) > allowed else ""
+
+
+def _characters(content: Any) -> int:
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.get("text", "")) for part in content or ())
+
+
+def _fault_in_a_fork(render: Render) -> str:
+    """What is wrong with a template, found out in a copy of this process, which is ended if it does not end."""
+    out, into = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads; the copy runs Jinja alone
+        child = os.fork()
+    if not child:
+        try:
+            _limit_this_process()
+            os.write(into, (_fault(render) or "ends").encode())
+        finally:
+            os._exit(0)
+    os.close(into)
+    with os.fdopen(out, "rb") as told:
+        if not select.select([told], [], [], LONGEST_WAIT)[0]:
+            os.kill(child, signal.SIGKILL)
+        fault = told.read(1000).decode()  # nothing where the copy was ended
+    os.waitpid(child, 0)
+    return fault.removeprefix("ends") if fault else f"does not end within {SECONDS} seconds, or takes too much memory"
+
+
+def _limit_this_process() -> None:
+    import resource
+
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    try:
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    except (OSError, ValueError):  # a system without /proc, or a lower limit already
+        return
+
+
+def _fault(render: Render) -> str:
+    for messages in _conversations():
+        for ask in (True, False):
+            try:
+                text = render(messages, ask)
+            except MemoryError:
+                return "takes more memory than a text needs"
+            except Exception:  # a template may refuse a conversation, or content of that form
+                continue
+            if fault := _length_fault(messages, text):
+                return fault
+    return ""
+
+
+@contextmanager
+def _ending_within(seconds: int) -> Iterator[None]:
+    """Raises DataError in the block once so many seconds have passed; in the main thread of a POSIX system alone."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise DataError(f"the model's chat template does not end within {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    left, again = signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        rest = max(left - (time.monotonic() - started), 1e-3) if left else 0.0
+        signal.setitimer(signal.ITIMER_REAL, rest, again)
+        signal.signal(signal.SIGALRM, before)
