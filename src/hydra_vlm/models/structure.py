@@ -228,8 +228,8 @@ def _layers_matching(model: nn.Module, pattern: str) -> str:
     """The module list whose members' names the pattern matches."""
     if not _is_quick(pattern):
         raise ConfigError(
-            f"decoder_pattern {pattern[:80]!r} could take for ever to match: at most {MOST_REPEATS} of * + {{}}, none of "
-            "them behind a group with another or with | in it, and 500 characters are run. "
+            f"decoder_pattern {pattern[:80]!r} could take for ever to match: at most {MOST_REPEATS} of * + {{}}, none "
+            "of them behind a group with another or with | in it, and 500 characters are run. "
             r"Write the layers' names out, as in 'model\.language_model\.layers\.\d+'."
         )
     try:
