@@ -12,14 +12,16 @@ import pytest
 
 from hydra_vlm import trials
 from hydra_vlm import tune as job
+from hydra_vlm.benchmarks.suite import Task, load_tasks
 from hydra_vlm.config import Config
 from hydra_vlm.data import digests
 from hydra_vlm.data.digests import contents_of
 from hydra_vlm.data.remembered import state_of
+from hydra_vlm.data.worlds import Sizes, write_worlds
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.evaluation import EvaluationRequest, evaluate
 from hydra_vlm.files import write_json
-from hydra_vlm.inputs import INPUTS, SET_ASIDE, model_inputs, read_inputs
+from hydra_vlm.inputs import INPUTS, SET_ASIDE, bind, model_inputs, read_inputs, task_inputs
 from hydra_vlm.lora import read_schedule
 from hydra_vlm.run_folder import A_WORKERS_OWN, RunFolder, environment, keep_session, session_changes
 from hydra_vlm.training.trainer import VLMTrainer
@@ -221,6 +223,33 @@ def test_a_built_in_set_edited_by_hand_is_named(home: Path, tmp_path: Path, monk
         job.profile(config, tmp_path / "run", quiet)
     shutil.rmtree(tmp_path / "run/data")
     job.profile(config, tmp_path / "run", quiet)
+
+
+def test_every_file_of_a_benchmark_is_bound_wherever_its_folder_is_named_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"mme": 1, "pope": 1, "textvqa": 1, "gqa": 1, "mmbench": 1, "sqa": 1}
+    write_worlds(tmp_path, 0, Sizes(few, few, few))
+
+    def tasks(folder: Path) -> list[Task]:
+        return load_tasks(folder / "benchmarks", (), folder / "run/images")
+
+    (tmp_path / "run").mkdir()
+    found = tasks(tmp_path)
+    before = task_inputs(found, tmp_path / "run")
+    assert "decoded images of test mmbench" in before
+    bind(tmp_path / "run", before, begun=False)
+    files = [path for path in sorted((tmp_path / "benchmarks").rglob("*")) if path.is_file()]
+    assert len(files) > 25
+    for path in files:
+        kept = path.read_bytes()
+        path.write_bytes(kept + b" ")
+        with pytest.raises(RunFolderError, match=f"{path} had {len(kept):,} bytes"):
+            bind(tmp_path / "run", task_inputs(found, tmp_path / "run"), begun=True)
+        path.write_bytes(kept)
+    monkeypatch.chdir(tmp_path.parent)
+    here = Path(tmp_path.name)
+    bind(here / "run", task_inputs(tasks(here), here / "run"), begun=True)
 
 
 def test_another_built_in_set_replaces_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

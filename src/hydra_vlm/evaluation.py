@@ -119,7 +119,7 @@ def evaluate(request: EvaluationRequest, out: Path, say: Say = print) -> dict[st
 
 def _evaluate(request: EvaluationRequest, out: Path, say: Say) -> dict[str, tuple[Score, ...]]:
     tasks = _tasks(request, out)
-    read = model_inputs(resolve_model(request.model)) | task_inputs(tasks)
+    read = model_inputs(resolve_model(request.model)) | task_inputs(tasks, out)
     for label, adapter in request.labels.items():
         read |= folder_inputs(f"adapter {label}", adapter) if adapter is not None else {}
     bound = bind(out, read, begun=any((out / "answers").glob("*")))

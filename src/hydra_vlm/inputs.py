@@ -83,14 +83,20 @@ def data_inputs(name: str, checked: Checked) -> Inputs:
     }
 
 
-def task_inputs(tasks: Sequence[Task]) -> Inputs:
-    """Each task's file, or what its benchmark reads in its folder, and the images of its questions."""
+def task_inputs(tasks: Sequence[Task], home: Path) -> Inputs:
+    """Each task's file, or what its benchmark reads in its folder, and the images of its questions.
+
+    Images that were decoded from a benchmark's file lie below `home`, the run's folder.
+    """
     found: Inputs = {}
     for task in tasks:
         place = task.root or (task.file.parent if task.file else Path())
         read = [task.file] if task.file else _benchmark_files(task)
         found[f"test {task.name}"] = group_of(place, read)
-        found[f"images of test {task.name}"] = group_of(place, task.images)
+        given = {path for path in task.images if path.startswith(os.path.join(str(place), ""))}
+        found[f"images of test {task.name}"] = group_of(place, given)
+        if task.images - given:
+            found[f"decoded images of test {task.name}"] = group_of(home, task.images - given)
     return found
 
 

@@ -404,7 +404,7 @@ def _records(config: Config, folder: RunFolder) -> tuple[Checked, Checked | None
     for name, checked in zip(names, sets, strict=False):
         read |= data_inputs(name, checked)
     tasks = [task.limited(config.evaluation.limit) for task in tasks_of(files, (), folder.path / "images")]
-    bound = bind(folder.path, read | task_inputs(tasks), has_begun(folder.path))
+    bound = bind(folder.path, read | task_inputs(tasks, folder.path), has_begun(folder.path))
     settle(sets, wish.on_bad_row, folder.path, lambda _: None)  # what is left out is said when all was looked at
     return sets[0], sets[1] if files.validation else None, tuple(tasks), bound
 
