@@ -11,6 +11,7 @@ from hydra_vlm.data.preflight import Checked as CheckedFile
 from hydra_vlm.data.preflight import check_file, check_reading, write_report
 from hydra_vlm.errors import DataError
 from hydra_vlm.files import require_free, require_place, whole_folder
+from hydra_vlm.reading import file_fault
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def check_folder(data: Path) -> list[Checked]:
         DataError: the folder does not exist.
     """
     if not data.is_dir():
-        raise DataError(f"folder {data} does not exist: give one that holds a folder for each benchmark")
+        raise DataError(
+            f"{data} {file_fault(data) or 'is a file'}, no folder: give one that holds a folder for each benchmark"
+        )
     folders = find_folders(data)
     found = []
     for name, kind in SIX.items():
