@@ -40,6 +40,7 @@ SECONDS = 900
 STEPS = 6
 PLAIN = ("training.device_batch_size=1",)  # batches of 4: accumulation 4 on one process, 2 on each of two
 STILL = ("training.steps=1", "training.learning_rate=1e-30")  # too little for float32: the weights stay
+BEST = ("training.keep=best", "training.watch_steps=1", "training.patience=1", "training.learning_rate=0.05")
 BY_LENGTH = ("training.group_by_length=true",)  # batches of 4 on one process, 2 on each of two
 
 
@@ -153,6 +154,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home.on_one(*home.words("one", *PLAIN, command="profile"))
     home.on_one(*home.words("still", *STILL, "training.device_batch_size=4"))
     home.on_one(*home.words("other", *home.other, *PLAIN))
+    home.on_one(*home.words("best", *PLAIN, *BEST))
     return home
 
 
@@ -166,6 +168,8 @@ def ddp_and_fsdp(home: Home) -> tuple[list[dict[str, Any]], str]:
         {"words": home.words("still-ddp", *STILL, *PLAIN)},
         {"words": home.words("still-fsdp", *STILL, "training.device_batch_size=2"), "environment": fsdp()},
         {"words": home.words("other-ddp", *home.other, *PLAIN)},
+        {"words": home.words("best-ddp", *PLAIN, *BEST)},
+        {"words": home.words("best-fsdp", *PLAIN, *BEST), "environment": fsdp()},
     ]
     return home.on_two("both", jobs)
 
@@ -173,7 +177,9 @@ def ddp_and_fsdp(home: Home) -> tuple[list[dict[str, Any]], str]:
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(home: Home, ddp_and_fsdp: tuple[Any, str], form: str) -> None:
     reports, _ = ddp_and_fsdp
-    assert [report["sharded"] for report in reports] == [[False, False, True, True, False, True, False]] * 2
+    assert [report["sharded"] for report in reports] == [
+        [False, False, True, True, False, True, False, False, True]
+    ] * 2
     require_same(home, form, "one")
     moved = max(float(value.abs().max()) for name, value in home.weights(form).items() if "lora_B" in name)
     assert moved > 20 * WEIGHT  # B starts at zero: what was compared was trained
@@ -194,6 +200,18 @@ def test_a_family_that_cannot_be_told_a_number_of_tokens_trains_as_on_one(
 
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
+def test_the_best_weights_are_those_of_one_process(home: Home, ddp_and_fsdp: tuple[Any, str], form: str) -> None:
+    """Steps as large as these spread rounding errors; what is kept and when training ends is the same."""
+    expected, found = home.record("best"), home.record(f"best-{form}")
+    assert found["kept_step"] == expected["kept_step"] < expected["validation_losses"][-1][0] < STEPS
+    assert found["validation_loss"] == min(loss for _, loss in found["validation_losses"])
+    ours, theirs = (torch.tensor(record["validation_losses"]) for record in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    for key, value in home.weights("best").items():
+        assert float((home.weights(f"best-{form}")[key] - value).abs().mean()) < 1e-2 * 0.05, key
+
+
+@pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_the_profile_is_that_of_one_process(home: Home, ddp_and_fsdp: tuple[Any, str], form: str) -> None:
     expected, found = home.profile("one"), home.profile(form)
     for one, two in ((expected.mean, found.mean), (expected.spread, found.spread)):
@@ -206,8 +224,8 @@ def test_only_the_first_process_writes_and_speaks(home: Home, ddp_and_fsdp: tupl
     assert any(path.endswith(".tmp") or "record.json" in path for path in first["written"])
     # Each process keeps its own random states in a checkpoint, and may be the one that makes the checkpoint's folder.
     assert {Path(path).parent.name for path in second["written"]} <= {"checkpoints", "profile-run"}
-    assert said.count("uniform, seed 0: ") == 5
-    assert said.count("adapter and record: ") == 5
+    assert said.count("uniform, seed 0: ") == 7
+    assert said.count("adapter and record: ") == 7
     for form in ("ddp", "fsdp"):
         assert len((home.folder / form / "trials/uniform-seed0/metrics.jsonl").read_text().splitlines()) == STEPS
         left = {path.name for path in (home.folder / form).rglob("*") if path.name.startswith((".", "rng_state"))}

@@ -1,9 +1,11 @@
 """The comparison and the page on synthetic run folders."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fake_run import fake_run, fake_trial, write_json
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.graph import llama_graph
+from hydra_vlm.records import TrialRecord
 from hydra_vlm.report import figures
 from hydra_vlm.report.comparison import Comparison, _merged, compare
 from hydra_vlm.report.page import write_report
@@ -287,3 +290,12 @@ def test_a_run_of_all_six_benchmarks_leads_with_their_average(tmp_path: Path) ->
     assert "average" in comparison.benchmarks
     assert comparison.row("fine").scores["average"].value.mean == pytest.approx((50 + 40 + 30 + 80 + 50 + 70) / 6)
     assert "average" not in comparison.row("uniform").scores
+
+
+def test_validation_losses_on_the_way_are_marked_and_the_kept_step_ringed() -> None:
+    trial = TrialRecord("fine", 0, None, {"lora": 1}, ((1, 3.0), (2, 2.0)), 2.1, (), 1.0)
+    assert [line.mode for line in figures.loss_curves([trial]).data] == ["lines"]
+    watched = replace(trial, validation_losses=((1, 2.1), (2, math.nan), (3, 2.4)), kept_step=1)
+    lines, marks = figures.loss_curves([watched]).data
+    assert (lines.mode, list(marks.x), list(marks.y)) == ("lines", [1, 3], [2.1, 2.4])
+    assert list(marks.marker.symbol) == ["circle-open", "x-thin-open"]

@@ -196,8 +196,29 @@ def budget_bars(schedules: Sequence[RankSchedule]) -> go.Figure:
     return figure
 
 
+def _validation_marks(figure: go.Figure, trial: TrialRecord, colour: str) -> None:
+    losses = [(step, loss) for step, loss in trial.validation_losses if math.isfinite(loss)]
+    if len(losses) < 2:
+        return
+    what = f"{_label(trial.name)}, seed {trial.seed}, validation"
+    figure.add_scatter(
+        x=[step for step, _ in losses],
+        y=[loss for _, loss in losses],
+        mode="markers",
+        marker={
+            "color": colour,
+            "size": [11 if step == trial.kept_step else 6 for step, _ in losses],
+            "symbol": ["circle-open" if step == trial.kept_step else "x-thin-open" for step, _ in losses],
+        },
+        name=what,
+        showlegend=False,
+        hovertemplate=f"{what}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+    )
+
+
 def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
-    """Training loss over optimizer steps, one line for each trial name: mean over seeds, smoothed."""
+    """Losses over optimizer steps, by trial name: training's, mean over seeds, smoothed; validation's where there are
+    several, a mark for each that was taken, and a ring at the step whose weights were kept."""
     figure = _figure(height=380)
     by_name: dict[str, list[TrialRecord]] = {}
     for trial in trials:
@@ -218,6 +239,8 @@ def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
             name=_label(name),
             hovertemplate=f"{_label(name)}, step %{{x}}: %{{y:.4f}}<extra></extra>",
         )
+        for trial in group:
+            _validation_marks(figure, trial, colours[name])
     figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
     # a logarithmic axis, since schedules differ in what is left of the loss at the end
     ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]

@@ -259,13 +259,19 @@ def _schedule_table(schedules: Sequence[RankSchedule]) -> str:
 def _training(run: RunData, comparison: Comparison) -> str:
     plots = []
     if any(trial.train_losses for trial in run.trials):
-        caption = "Training loss: mean over seeds, then a running mean over a twentieth of the curve."
+        caption = (
+            "Training loss, the mean over a global batch's supervised tokens: mean over seeds, then a running mean over a "
+            "twentieth of the curve."
+        )
+        if any(len(trial.validation_losses) > 1 for trial in run.trials):
+            caption += " Crosses are validation losses on the way; a ring is at the step whose weights were kept."
         plots.append(plot(figures.loss_curves(run.trials), caption, "Training loss"))
     measured = [row for row in comparison.rows if row.loss.measured]
     losses = {row.name: row.loss for row in measured if not row.seedless}
     if losses:
         untrained = "; ".join(f"{row.name} has {row.loss.show()}" for row in measured if row.seedless)
-        caption = "Loss on the validation records after the last step, with its interval; rings are single seeds."
+        when = "with the weights that were kept" if any(t.kept_step for t in run.trials) else "after the last step"
+        caption = f"Loss on the validation records {when}, with its interval; rings are single seeds."
         caption += f" Without training, {untrained}." if untrained else ""
         figure = figures.value_dots(losses, "validation loss (nats a token)")
         plots.append(plot(figure, caption, "Validation loss"))
