@@ -260,8 +260,8 @@ def _training(run: RunData, comparison: Comparison) -> str:
     plots = []
     if any(trial.train_losses for trial in run.trials):
         caption = (
-            "Training loss, the mean over a global batch's supervised tokens: mean over seeds, then a running mean over a "
-            "twentieth of the curve."
+            "Training loss, the mean over a global batch's supervised tokens: mean over seeds, then a running mean "
+            "over a twentieth of the curve."
         )
         if any(len(trial.validation_losses) > 1 for trial in run.trials):
             caption += " Crosses are validation losses on the way; a ring is at the step whose weights were kept."
