@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -192,6 +193,16 @@ def _require_names(path: Path, there: Path, what: str) -> None:
 def _state(path: Path) -> str:
     """What is there: "is a file", "is a pipe, not a file", "is a link to x, which does not exist"."""
     return file_fault(path) or "is a file"
+
+
+def as_umask_says(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode of a file made here: safetensors makes theirs for the owner."""
+    with tempfile.TemporaryDirectory(dir=path if path.is_dir() else path.parent) as scratch:
+        probe = Path(scratch) / "mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+    for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
+        file.chmod(stat.S_IMODE(mode))
 
 
 def require_free(folder: Path) -> None:

@@ -6,7 +6,9 @@ therefore one regular expression that fits whole names, and pattern keys are who
 mixtures of experts PEFT rewrites an expression into last names; there, targets are a list of whole names.
 """
 
+import copy
 import hashlib
+import logging
 import math
 import re
 import shutil
@@ -14,32 +16,44 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hydra_vlm.errors import AdapterError, ConfigError, FileError, GraphMismatchError, RunFolderError
-from hydra_vlm.files import write_json
+from hydra_vlm.files import as_umask_says, write_json
 from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.models.fingerprint import PROJECTOR as PROJECTOR_PART
+from hydra_vlm.models.fingerprint import fingerprint
+from hydra_vlm.models.quantization import quantization_of
 from hydra_vlm.models.structure import ModelParts, find_parts
+from hydra_vlm.models.weights import few, write_tensors
 from hydra_vlm.reading import read_json
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.stored_adapter import (
+    CONFIG,
+    FOLDER_CONTENT,
+    PROJECTOR,
+    RECORD,
+    SCHEDULE,
+    WEIGHTS,
+    WRAPPED,
+    AdapterRecord,
+    StoredAdapter,
+    digests,
+    read_adapter,
+)
 from hydra_vlm.verification import ADAPTER, lora_layers, require_modules, restoring, strictly
 
-WRAPPED = "base_model.model."
-"""What PEFT puts before the names of the model that it wraps."""
+__all__ = ["CONFIG", "PROJECTOR", "SCHEDULE", "WEIGHTS", "WRAPPED"]  # of an adapter's folder, which is written here
 
-CONFIG, WEIGHTS, SCHEDULE, PROJECTOR = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "schedule.json",
-    "projector.safetensors",
-)
-FOLDER_CONTENT = frozenset({CONFIG, WEIGHTS, SCHEDULE, PROJECTOR, "README.md"})
+_log = logging.getLogger(__name__)
+_lent: WeakKeyDictionary[PeftModel, tuple[str | None, nn.Module | None]] = WeakKeyDictionary()
+"""Where the projector of an adapted model is, and the base's own, which `detach` puts back."""
 
 
 def lora_config(schedule: RankSchedule, parts: ModelParts, dropout: float = 0.0) -> LoraConfig:
@@ -85,6 +99,9 @@ def attach(
 ) -> PeftModel:
     """The model with the schedule's adapter, all else frozen; the adapter's output is zero until B is trained.
 
+    A copy takes the place of a projector that LoRA does not reach: it may be trained, `detach` puts the own one back,
+    and every training computes on memory laid out alike, which weights mapped from a file are not.
+
     With `seed`, A is drawn per module from that seed and the module's name, and a smaller rank gets the first rows of
     what a larger rank would: schedules to be compared share as much of the initial noise as their ranks allow. Without,
     PEFT draws from torch's global generator; the distribution is the same.
@@ -95,7 +112,8 @@ def attach(
     _require_bare(model)
     parts = parts if parts is not None else find_parts(model, adapt=tuple(schedule.graph.part_layers))
     config = lora_config(schedule, parts, dropout)
-    with restoring(model), strictly(f"adapter of schedule {schedule.name!r}"):
+    replaced = _lend_projector(model, parts)
+    with _giving_back(model, parts, replaced), restoring(model), strictly(f"adapter of schedule {schedule.name!r}"):
         peft_model: PeftModel = get_peft_model(model, config)
         _verify(peft_model, schedule, parts)
         _verify_trainable(peft_model, schedule, parts)
@@ -104,6 +122,7 @@ def attach(
             layer.train(layer.get_base_layer().training)  # new dropout layers start in training mode
             if seed is not None:
                 _draw(layer, seed, name)
+    _lent[peft_model] = (parts.projector, replaced)
     return peft_model
 
 
@@ -136,14 +155,19 @@ def save_adapter(
         raise RunFolderError(f"{folder} is not an adapter's folder: it holds {others[0]}. Choose another folder.")
     _verify(peft_model, schedule, parts)
     projector = _projector(peft_model.get_base_model(), parts).state_dict() if projector_state else None
+    base: Any = peft_model.get_base_model()
+    without = frozenset({PROJECTOR_PART} if projector_state else ())
+    found = fingerprint(base, parts, without)
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     # PEFT's automatic answer about embeddings, which are never trained here, would ask the hub.
     peft_model.save_pretrained(str(draft), save_embedding_layers=False)
+    as_umask_says(draft)
     write_json(draft / SCHEDULE, schedule.to_json())
     if projector is not None:
-        save_file({key: value.cpu().contiguous() for key, value in projector.items()}, draft / PROJECTOR)
+        write_tensors(draft / PROJECTOR, projector)
+    write_json(draft / RECORD, AdapterRecord(digests(draft), found, quantization_of(base)).to_json())
     if folder.exists():
         retired = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(retired, ignore_errors=True)
@@ -155,29 +179,52 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, folder: str | Path, parts: ModelParts | None = None, trainable: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    parts: ModelParts | None = None,
+    trainable: bool = False,
+    other_base: bool = False,
 ) -> PeftModel:
     """The model with an adapter that `save_adapter` wrote, and the projector's weights in place where it wrote them.
 
-    Raises GraphMismatchError for an adapter of another model; AdapterError when a file is missing or damaged, or the
-    adapter does not have the ranks and scales of its schedule. The model is then as it was.
+    `other_base` permits a base of the same shapes with other weights than the adapter was trained on. Another
+    configuration or quantisation of the base is said in a warning.
+
+    Raises GraphMismatchError for an adapter of another model; AdapterError when a file is missing, damaged or swapped,
+    the base is another, or the adapter does not have the ranks and scales of its schedule. The model is then as it was.
     """
     _require_bare(model)
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS, SCHEDULE):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder} has no {name}: it is not an adapter saved by hydra-vlm.")
-    schedule = read_schedule(folder / SCHEDULE)
+    stored = read_adapter(folder)
+    schedule = own_schedule(folder)
     parts = parts if parts is not None else find_parts(model, adapt=tuple(schedule.graph.part_layers))
     require_schedule_fits(schedule, parts.graph)
-    with restoring(model), strictly(f"adapter in {folder}"):
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    _require_same(stored, _wanted(schedule, parts))
+    _require_base(stored, model, parts, other_base)
+    config = lora_config(schedule, parts, float(stored.config.get("lora_dropout") or 0.0))
+    replaced = _lend_projector(model, parts)
+    with _giving_back(model, parts, replaced), restoring(model), strictly(f"adapter in {folder}"):
+        peft_model: PeftModel = get_peft_model(model, config)
         _verify(peft_model, schedule, parts)
+        _fill(peft_model, stored)
+        if stored.projector is not None:
+            _load_projector(model, parts, stored)
         if trainable:
             _verify_trainable(peft_model, schedule, parts)
-        if (folder / PROJECTOR).is_file():
-            _load_projector(model, parts, folder / PROJECTOR)
+        else:
+            peft_model.requires_grad_(False).eval()
+    _lent[peft_model] = (parts.projector, replaced)
     return peft_model
+
+
+def own_schedule(folder: Path) -> RankSchedule:
+    """The schedule beside an adapter; raises AdapterError for an adapter that another tool wrote."""
+    if not (folder / SCHEDULE).is_file():
+        raise AdapterError(
+            f"{folder} has no {SCHEDULE}: it is not an adapter saved by hydra-vlm. Give one that is, or use this one "
+            "with the tool that wrote it."
+        )
+    return read_schedule(folder / SCHEDULE)
 
 
 def read_schedule(path: str | Path) -> RankSchedule:
@@ -215,33 +262,33 @@ def merge(peft_model: PeftModel, check_inputs: Mapping[str, Any] | None = None, 
 
 
 def detach(peft_model: PeftModel) -> nn.Module:
-    """The base model without the adapter, bit-equal to what it was in weights; parameters stay frozen.
+    """The base model without the adapter, to the bit what it was in weights, its own projector in place; parameters
+    stay frozen.
 
     Raises AdapterError when the adapter is merged into the weights.
     """
     if any(layer.merged for layer in lora_layers(peft_model).values()):
         raise AdapterError("the adapter is merged into the weights: unmerge it before detaching.")
     base: nn.Module = peft_model.unload()
+    path, replaced = _lent.pop(peft_model, (None, None))
+    if path is not None and replaced is not None:
+        base.set_submodule(path, replaced.requires_grad_(False))
     return base
 
 
 @contextmanager
-def adapted(model: nn.Module, folder: str | Path, parts: ModelParts | None = None) -> Iterator[PeftModel]:
+def adapted(
+    model: nn.Module, folder: str | Path, parts: ModelParts | None = None, other_base: bool = False
+) -> Iterator[PeftModel]:
     """The model with a saved adapter while the block lasts; then it is as it was to the bit, its projector included.
 
     Raises as `load_adapter` does.
     """
-    schedule = read_schedule(Path(folder) / SCHEDULE)
-    parts = parts if parts is not None else find_parts(model, adapt=tuple(schedule.graph.part_layers))
-    projector = _projector(model, parts) if (Path(folder) / PROJECTOR).is_file() else None
-    before = {key: value.clone() for key, value in projector.state_dict().items()} if projector else {}
-    peft_model = load_adapter(model, folder, parts)
+    peft_model = load_adapter(model, folder, parts, other_base=other_base)
     try:
         yield peft_model
     finally:
         detach(peft_model)
-        if projector is not None:
-            projector.load_state_dict(before)
 
 
 def require_schedule_fits(schedule: RankSchedule, graph: ComputationGraph) -> None:
@@ -276,11 +323,94 @@ def _require_bare(model: nn.Module) -> None:
         raise AdapterError("the model carries an adapter already: detach or merge it first.")
 
 
+def _wanted(schedule: RankSchedule, parts: ModelParts) -> dict[str, tuple[int, float]]:
+    """Rank and scale of every adapted module by name."""
+    ranks = zip(parts.names(), schedule.ranks, strict=True)
+    return {name: (rank, schedule.scaling.scale(rank)) for name, rank in ranks if rank}
+
+
+def _require_same(stored: StoredAdapter, wanted: Mapping[str, tuple[int, float]]) -> None:
+    """Raises AdapterError unless the folder's tensors and scales are those of its schedule."""
+    has = f"{stored.folder}: its files are of two adapters: {SCHEDULE} has"
+    other = sorted(stored.updates.keys() ^ wanted.keys())
+    if other:
+        which = "no tensors are there for it" if other[0] in wanted else "it is not adapted"
+        raise AdapterError(f"{has} another list of modules, {other[0]} for one ({which} by {CONFIG}).")
+    for name, (rank, scale) in wanted.items():
+        update = stored.updates[name]
+        if update.rank != rank:
+            raise AdapterError(f"{has} rank {rank} for {name}, the tensors {update.rank}.")
+        if abs(update.scale - scale) > 1e-9 * scale:
+            raise AdapterError(f"{has} scale {scale:g} for {name}, {CONFIG} {update.scale:g}.")
+
+
+def _require_base(stored: StoredAdapter, model: nn.Module, parts: ModelParts, other_base: bool) -> None:
+    """Raises AdapterError for a base with other weights, unless permitted; what else differs is said."""
+    record = stored.record
+    if record is None:
+        _log.warning(
+            "adapter %s has no %s, as older ones have none: whether it is complete and of this base is not checked",
+            stored.folder,
+            RECORD,
+        )
+        return
+    now, quantization = fingerprint(model, parts), quantization_of(model)
+    other = record.base.other_weights(now)
+    if other and not other_base:
+        raise AdapterError(
+            f"{stored.folder} was trained on another base: other weights in {', '.join(other)}. Give the base it was "
+            "trained on; to use it on this one all the same, say so (--other-base, other_base=True)."
+        )
+    if other:
+        _log.warning("adapter %s was trained on a base with other weights in %s", stored.folder, ", ".join(other))
+    settings = record.base.other_settings(now)
+    if settings:
+        _log.warning("adapter %s was trained on a base configured otherwise: %s", stored.folder, few(settings))
+    if quantization != record.quantization:
+        _log.warning(
+            "adapter %s was trained on a base with quantization=%s, this one has %s: it answers otherwise than trained",
+            stored.folder,
+            record.quantization,
+            quantization,
+        )
+
+
+@torch.no_grad()
+def _fill(peft_model: PeftModel, stored: StoredAdapter) -> None:
+    """Give the adapter's layers the stored tensors, whose shapes must be theirs."""
+    for name, layer in lora_layers(peft_model).items():
+        for matrix, tensor in ((layer.lora_A, stored.updates[name].a), (layer.lora_B, stored.updates[name].b)):
+            weight = matrix[ADAPTER].weight
+            if weight.shape != tensor.shape:
+                raise AdapterError(
+                    f"{stored.folder}: {name} has a matrix {list(tensor.shape)}, this model takes {list(weight.shape)}."
+                )
+            weight.copy_(tensor)
+
+
+def _lend_projector(model: nn.Module, parts: ModelParts) -> nn.Module | None:
+    """Put a copy in the projector's place, where LoRA does not reach it; returns the model's own."""
+    if parts.projector is None or PROJECTOR_PART in parts.graph.part_layers:
+        return None
+    own = model.get_submodule(parts.projector)
+    model.set_submodule(parts.projector, copy.deepcopy(own))
+    return own
+
+
+@contextmanager
+def _giving_back(model: nn.Module, parts: ModelParts, own: nn.Module | None) -> Iterator[None]:
+    """On any error the model gets its own projector back."""
+    try:
+        yield
+    except BaseException:
+        if own is not None and parts.projector is not None:
+            model.set_submodule(parts.projector, own)
+        raise
+
+
 def _verify(peft_model: PeftModel, schedule: RankSchedule, parts: ModelParts) -> None:
     """Raises AdapterError unless modules, ranks and scales are exactly the schedule's."""
-    ranks = zip(parts.names(), schedule.ranks, strict=True)
-    wanted = {name: (rank, schedule.scaling.scale(rank)) for name, rank in ranks if rank}
-    require_modules(peft_model, wanted, f"schedule {schedule.name!r}")
+    require_modules(peft_model, _wanted(schedule, parts), f"schedule {schedule.name!r}")
 
 
 def _verify_trainable(peft_model: PeftModel, schedule: RankSchedule, parts: ModelParts) -> None:
@@ -318,9 +448,8 @@ def _projector(model: nn.Module, parts: ModelParts) -> nn.Module:
     return model.get_submodule(parts.projector)
 
 
-def _load_projector(model: nn.Module, parts: ModelParts, path: Path) -> None:
-    projector = _projector(model, parts)
-    state: dict[str, Tensor] = load_file(path)
+def _load_projector(model: nn.Module, parts: ModelParts, stored: StoredAdapter) -> None:
+    projector, state, path = _projector(model, parts), dict(stored.projector or {}), stored.folder / PROJECTOR
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
     wrong = sorted(shapes.items() ^ wanted.items())

@@ -19,6 +19,7 @@ from hydra_vlm.data.templates import AUTO
 from hydra_vlm.errors import ConfigError, RunFolderError
 from hydra_vlm.files import whole_folder, write_json, write_lines
 from hydra_vlm.models.loading import LoadedModel, resolve_model
+from hydra_vlm.models.weights import write_model
 from hydra_vlm.processes import by_first
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import owning
@@ -99,8 +100,7 @@ def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:
         loaded.model.get_submodule(loaded.parts.projector).float()
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its record was written
     with whole_folder(folder) as draft:
-        loaded.model.save_pretrained(draft)
-        loaded.processor.save_pretrained(draft)
+        write_model(draft, loaded.model, loaded.processor)
 
 
 def _train(study: Study, seed: int, folder: Path, started: float) -> tuple[LoadedModel, TrialRecord]:

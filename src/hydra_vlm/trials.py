@@ -38,6 +38,7 @@ from hydra_vlm.interruption import Interrupted
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
+from hydra_vlm.models.weights import write_model
 from hydra_vlm.planning.run import estimate
 from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
@@ -373,8 +374,7 @@ def keep_weights(loaded: LoadedModel, model: Any, schedule: RankSchedule | None,
             projector = trains_projector(loaded.parts)
             save_adapter(model, folder / "adapter", schedule, loaded.parts, projector_state=projector)
         else:
-            model.save_pretrained(folder / "model")
-            loaded.processor.save_pretrained(folder / "model")
+            write_model(folder / "model", model, loaded.processor)
 
 
 def answer_and_score(study: Study, model: Any, folder: Path) -> tuple[Score, ...]:

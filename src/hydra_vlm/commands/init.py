@@ -10,6 +10,7 @@ from hydra_vlm.files import require_free, whole_folder
 from hydra_vlm.models.compose import Parts, compose, load_decoder, load_tower
 from hydra_vlm.models.mobilevlm.projector import PROJECTORS
 from hydra_vlm.models.smol import smol_parts
+from hydra_vlm.models.weights import write_model
 
 PRESETS: dict[str, Callable[[], Parts]] = {"smol": smol_parts}
 
@@ -50,8 +51,7 @@ def init_model(
     require_free(folder)
     model, processor = compose(_parts(llm, vision, preset), projector, seed)
     with whole_folder(folder) as draft:
-        model.save_pretrained(draft)
-        processor.save_pretrained(draft)
+        write_model(draft, model, processor)
     return Composed(
         folder=str(folder),
         parameters={

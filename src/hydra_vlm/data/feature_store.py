@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hydra_vlm.files import as_umask_says
+
 Place = tuple[Path, int]
 """A block and a row of it."""
 
@@ -51,6 +53,7 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / f"{uuid.uuid4().hex}.part"
         save_file({"features": features.contiguous()}, written, metadata={"images": json.dumps(list(images))})
+        as_umask_says(written)
         written.replace(written.with_suffix(".safetensors"))
         self._make_room()
 

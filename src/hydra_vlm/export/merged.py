@@ -14,6 +14,7 @@ from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.source import Source
 from hydra_vlm.lora import load_adapter, merge
 from hydra_vlm.models.loading import resolve_model
+from hydra_vlm.models.weights import write_model
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Endings of the files of tokenizers and processors."""
@@ -33,8 +34,7 @@ def export_merged(source: Source, draft: Path) -> Outcome:
     before = logits(peft_model, probe)
     merged: Any = merge(peft_model, probe.inputs, MERGED[torch.float32])
     cast_parameters(merged, dtype)
-    merged.save_pretrained(draft)
-    loaded.processor.save_pretrained(draft)
+    write_model(draft, merged, loaded.processor)
     copy_companions(resolve_model(source.model), draft)
     cast_parameters(merged, torch.float32)
     rounded = logits(merged, probe)

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hydra_vlm.errors import AdapterError, ConfigError
@@ -32,6 +32,7 @@ from hydra_vlm.models.mobilevlm.configuration import MobileVLMConfig
 from hydra_vlm.models.mobilevlm.original_layout import CLIP_LARGE_336, is_clip_large, their_config, their_name
 from hydra_vlm.models.mobilevlm.original_layout import PROJECTOR as PROJECTOR_PREFIX
 from hydra_vlm.models.mobilevlm.original_lora import TRAINED_WHOLE, read_lora
+from hydra_vlm.models.weights import write_tensors
 from hydra_vlm.reading import read_json
 
 BIN_WEIGHTS = "adapter_model.bin"
@@ -131,9 +132,9 @@ def _check(source: Source, folder: Path, before: Tensor, probe: Probe) -> Compar
         again = Path(scratch)
         pairs = {_lora_key(name, "A"): update.a for name, update in updates.items()}
         pairs |= {_lora_key(name, "B"): update.b for name, update in updates.items()}
-        save_file(pairs, again / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(again / WEIGHTS, pairs)
         projector = {name.removeprefix(PROJECTOR_PREFIX): value for name, value in read.trained.items()}
-        save_file(projector, again / PROJECTOR)
+        write_tensors(again / PROJECTOR, projector)
         write_json(again / CONFIG, config | {"target_modules": list(updates), "task_type": None})
         wanted = {name: (update.a.shape[0], update.scale) for name, update in updates.items()}
         return check_peft_folder(source, again, wanted, before, probe)

@@ -8,7 +8,7 @@ lora_alpha = R, both readings are exactly 1. A module of rank 0 stays out: both 
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -19,6 +19,7 @@ from hydra_vlm.export.plain_peft import check_peft_folder, projector_notes
 from hydra_vlm.export.source import Source
 from hydra_vlm.files import write_json
 from hydra_vlm.lora import CONFIG, PROJECTOR, WEIGHTS, WRAPPED
+from hydra_vlm.models.weights import write_tensors
 from hydra_vlm.schedule import RankSchedule
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,10 +36,10 @@ def export_uniform(source: Source, draft: Path, rank: int) -> Outcome:
     scales = source.scales(loaded.parts)
     del loaded
     tensors = uniform_tensors(load_file(source.folder / WEIGHTS), scales, rank)
-    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(draft / WEIGHTS, tensors)
     write_json(draft / CONFIG, source.adapter_config() | uniform_config(scales, rank))
     if (source.folder / PROJECTOR).is_file():
-        save_file(load_file(source.folder / PROJECTOR), draft / PROJECTOR)
+        write_tensors(draft / PROJECTOR, load_file(source.folder / PROJECTOR))
     seen = check_peft_folder(source, draft, dict.fromkeys(scales, (rank, 1.0)), before, probe)
     return Outcome(
         f"loaded with PeftModel.from_pretrained; rank {rank}, scale 1 in {len(scales)} modules",

@@ -63,6 +63,11 @@ def quantized_loading(
     return {"quantization_config": wish, "device_map": {"": place}}
 
 
+def quantization_of(model: nn.Module) -> str:
+    """How the base's linears are stored: nf4 where any is a four-bit layer of bitsandbytes, else none."""
+    return NF4 if any(type(module).__name__ == "Linear4bit" for module in model.modules()) else NONE
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Have four-bit layers on a CPU compute alike before and after they were first used without gradients.
 

@@ -7,10 +7,9 @@ transformers' order, so that what is checked here is what it loads.
 
 import pickle
 import re
-import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hydra_vlm.errors import CheckpointError, FileError
-from hydra_vlm.files import write_json
+from hydra_vlm.files import as_umask_says, write_json
 from hydra_vlm.reading import read_json
 
 _LARGEST_SHARD, _SMALLEST_SHARD = 10**9, 64 * 2**20  # bytes
@@ -116,14 +115,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     as_umask_says(path)
 
 
-def as_umask_says(path: Path) -> None:
-    """Give a file, or all files of a folder, the mode of a file made here: safetensors makes theirs for the owner."""
-    with tempfile.TemporaryDirectory(dir=path if path.is_dir() else path.parent) as scratch:
-        probe = Path(scratch) / "mode"
-        probe.touch()
-        mode = probe.stat().st_mode
-    for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
-        file.chmod(stat.S_IMODE(mode))
+def write_model(folder: Path, model: Any, processor: Any) -> None:
+    """Write a transformers model and its processor, readable as the umask says."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    as_umask_says(folder)
 
 
 def few(names: Iterable[str]) -> str:

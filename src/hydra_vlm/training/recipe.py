@@ -3,7 +3,6 @@
 Stage I is the same run with nothing but the projector opened.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,24 +98,16 @@ def start_of(loaded: LoadedModel, settings: TrainingConfig) -> Start | None:
 def adapting(loaded: LoadedModel, schedule: RankSchedule, settings: TrainingConfig, seed: int) -> Iterator[PeftModel]:
     """The model with the schedule's adapter, open for training, while the block lasts.
 
-    Then it is what it was, to the bit: without the adapter, its own projector in place, frozen, in evaluation mode. A
-    copy of the projector is trained, so that the first trial, later ones and a resumed one compute on memory that
-    is laid out alike: the model's own may be mapped from a file, and there sums are taken in another order.
+    Then it is what it was, to the bit: without the adapter, its own projector in place, frozen, in evaluation mode.
     """
-    model, parts = loaded.model, loaded.parts
-    projector = model.get_submodule(parts.projector) if parts.projector is not None else None
     opened: PeftModel | None = None
     try:
-        if projector is not None and parts.projector is not None:
-            model.set_submodule(parts.projector, copy.deepcopy(projector))
         opened = cast(PeftModel, prepare(loaded, schedule, settings, seed))
         yield opened
     finally:
         if opened is not None:
             detach(opened)
-        if projector is not None and parts.projector is not None:
-            model.set_submodule(parts.projector, projector)
-        model.requires_grad_(False).eval()
+        loaded.model.requires_grad_(False).eval()
 
 
 def trains_projector(parts: ModelParts) -> bool:

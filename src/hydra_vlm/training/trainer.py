@@ -25,6 +25,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from hydra_vlm.files import as_umask_says
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.training.checkpoints import UNLOGGED, validation_losses, write_whole
 from hydra_vlm.training.even_batches import EvenBatches
@@ -232,6 +233,8 @@ class VLMTrainer(Trainer):
             values = projector.state_dict() if state_dict is None else self._projector_of(state_dict)
             state = {k: v.detach().cpu().contiguous() for k, v in values.items()}
             save_file(state, folder / PROJECTOR_FILE)
+        if self.args.should_save:
+            as_umask_says(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled and model is not None:
