@@ -53,6 +53,9 @@ ConfigArgument = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+OtherBaseOption = Annotated[
+    bool, typer.Option("--other-base", help="Permit a base with other weights than the adapter was trained on.")
+]
 DecoderPatternOption = Annotated[
     str | None,
     typer.Option(help="The decoder_pattern that the run was configured with, if any.", show_default=False),
@@ -276,6 +279,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     decoder_pattern: DecoderPatternOption = None,
+    other_base: OtherBaseOption = False,
     write_reference: Annotated[
         Path | None,
         typer.Option(help="Write the result files of the benchmarks' own scorers, too.", show_default=False),
@@ -309,6 +313,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         decoder_pattern=decoder_pattern,
+        other_base=other_base,
     )
     _scores(run(request, out, _say), as_json)
     _say(f"predictions and scores: {out}")
@@ -536,6 +541,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="The longest answer in tokens.")] = 256,
     device: DeviceOption = "auto",
     decoder_pattern: DecoderPatternOption = None,
+    other_base: OtherBaseOption = False,
 ) -> None:
     """Ask one question, about an image or without.
 
@@ -546,7 +552,7 @@ def chat(
     from hydra_vlm.commands.chat import chat as ask
 
     image = Path(words[0]) if len(words) == 2 else None
-    show(ask(model, words[-1], image, adapter, template, max_new_tokens, device, decoder_pattern))
+    show(ask(model, words[-1], image, adapter, template, max_new_tokens, device, decoder_pattern, other_base))
 
 
 @app.command()
@@ -580,6 +586,7 @@ def export(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute, always in float32: cpu, cuda, auto.")] = "cpu",
     decoder_pattern: DecoderPatternOption = None,
+    other_base: OtherBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write an adapter in the form another program reads.
@@ -588,7 +595,7 @@ def export(
     """
     from hydra_vlm.commands.export import run_export
 
-    done = run_export(model, adapter, destination, form, rank, device, decoder_pattern)
+    done = run_export(model, adapter, destination, form, rank, device, decoder_pattern, other_base)
     show(json.dumps(done.to_json()) if as_json else done.summary())
 
 

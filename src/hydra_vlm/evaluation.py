@@ -29,12 +29,14 @@ from hydra_vlm.faults import disk_full_told, out_of_memory_told
 from hydra_vlm.files import require_place, write_json, write_lines
 from hydra_vlm.inputs import bind, folder_inputs, model_inputs, require_unchanged, task_inputs
 from hydra_vlm.lora import SCHEDULE, adapted, read_schedule
-from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
+from hydra_vlm.models.loading import LoadedModel, load_model, resolve_device, resolve_model
+from hydra_vlm.models.quantization import NONE
 from hydra_vlm.models.structure import TOWER
 from hydra_vlm.names import file_name
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.reading import read_json
 from hydra_vlm.run_folder import environment, keep_session, session_changes
+from hydra_vlm.stored_adapter import base_quantization, read_adapter
 
 BASE = "base"
 Say = Callable[[str], None]
@@ -65,6 +67,7 @@ class EvaluationRequest:
     dtype: str = "auto"
     decoder_pattern: str | None = None
     cache_gigabytes: float = 2.0
+    other_base: bool = False
 
     @property
     def answering(self) -> Answering:
@@ -87,12 +90,14 @@ class EvaluationRequest:
         return named
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"adapters": list(self.adapters), "benchmarks": list(self.benchmarks)}
+        asked = asdict(self) | {"adapters": list(self.adapters), "benchmarks": list(self.benchmarks)}
+        return {key: value for key, value in asked.items() if value or key != "other_base"}
 
 
-def _open(request: EvaluationRequest, tasks: Sequence[Task], say: Say) -> tuple[LoadedModel, Reader]:
+def _open(request: EvaluationRequest, quantization: str, tasks: Sequence[Task], say: Say) -> tuple[LoadedModel, Reader]:
     """Model and reader; for several adapters with the features of all images, which they share."""
-    loaded = load_model(request.model, request.device, request.decoder_pattern, dtype=request.dtype)
+    where = (request.device, request.decoder_pattern)
+    loaded = load_model(request.model, *where, dtype=request.dtype, quantization=quantization)
     reader = open_reader(loaded.processor, request.template)
     if len(request.labels) == 1:
         return loaded, reader
@@ -101,7 +106,7 @@ def _open(request: EvaluationRequest, tasks: Sequence[Task], say: Say) -> tuple[
 
 
 def evaluate(request: EvaluationRequest, out: Path, say: Say = print) -> dict[str, tuple[Score, ...]]:
-    """Scores by label, of one base model that is loaded once.
+    """Scores by label, of one base model that is loaded once, and once more where adapters want it in four bits.
 
     Raises:
         HydraError: an unknown model, adapter, template or benchmark, or data that is incomplete, before any answer.
@@ -112,6 +117,7 @@ def evaluate(request: EvaluationRequest, out: Path, say: Say = print) -> dict[st
         if not (folder / SCHEDULE).is_file():
             raise ConfigError(f"adapter {folder} has no {SCHEDULE}: give a folder that hydra-vlm saved an adapter in")
         read_schedule(folder / SCHEDULE)
+        read_adapter(folder)
     _require_folder(out, request)
     with owned(out, say=say):
         return _evaluate(request, out, say)
@@ -129,13 +135,17 @@ def _evaluate(request: EvaluationRequest, out: Path, say: Say) -> dict[str, tupl
         say(line)
     write_examples(out, tasks)
     opened: tuple[LoadedModel, Reader] | None = None
-    scores = {}
+    kind, scores = NONE, {}
     for label, adapter in request.labels.items():
         folder = out / "answers" / label
         if not all(_finished(folder, task) for task in tasks):
             say(f"{label}: {sum(len(task.examples) for task in tasks):,} questions")
-            loaded, reader = opened = opened or _open(request, tasks, say)
-            with _model(loaded, adapter, request.decoder_pattern) as model:
+            wanted = base_quantization(adapter, resolve_device(request.device)) if adapter is not None else NONE
+            if wanted != kind:
+                say(f"{label}: the base with quantization={wanted}, as for its training")
+                opened, kind = None, wanted
+            loaded, reader = opened = opened or _open(request, kind, tasks, say)
+            with _model(loaded, adapter, request) as model:
                 answer_tasks(model, _own_features(reader, adapter), tasks, folder, request.answering)
             require_unchanged(out, bound, folder)
         scores[label] = finish(folder, tasks)
@@ -255,11 +265,12 @@ def _finished(folder: Path, task: Task) -> bool:
 
 
 @contextmanager
-def _model(loaded: LoadedModel, adapter: Path | None, decoder_pattern: str | None) -> Iterator[Any]:
+def _model(loaded: LoadedModel, adapter: Path | None, request: EvaluationRequest) -> Iterator[Any]:
     if adapter is None:
         yield loaded.model
     else:
-        with adapted(loaded.model, adapter, loaded.parts if decoder_pattern else None) as model:
+        parts = loaded.parts if request.decoder_pattern else None
+        with adapted(loaded.model, adapter, parts, request.other_base) as model:
             yield model
 
 

@@ -368,7 +368,8 @@ def _require_base(stored: StoredAdapter, model: nn.Module, parts: ModelParts, ot
         _log.warning("adapter %s was trained on a base configured otherwise: %s", stored.folder, few(settings))
     if quantization != record.quantization:
         _log.warning(
-            "adapter %s was trained on a base with quantization=%s, this one has %s: it answers otherwise than trained",
+            "adapter %s was trained on a base with quantization=%s, this one has %s, so it answers otherwise than it "
+            "was trained to (four bits need bitsandbytes, on CUDA or a CPU)",
             stored.folder,
             record.quantization,
             quantization,

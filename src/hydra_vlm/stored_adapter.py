@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hydra_vlm.errors import AdapterError, HydraError
 from hydra_vlm.models.fingerprint import Fingerprint
+from hydra_vlm.models.quantization import NF4, NONE, can_quantize
 from hydra_vlm.models.weights import few, read_file
 from hydra_vlm.models.whole import unsound
 from hydra_vlm.reading import read_object
@@ -123,6 +125,25 @@ def read_record(folder: Path) -> AdapterRecord | None:
         return AdapterRecord.from_json(read_object(folder / RECORD))
     except (HydraError, KeyError, TypeError, ValueError, AttributeError) as problem:
         raise AdapterError(f"{folder / RECORD} is damaged ({problem}): copy or train the adapter again.") from None
+
+
+def recorded_quantization(folder: Path) -> str:
+    """How the base was quantised that the adapter was trained on, as far as is recorded: none or nf4.
+
+    Raises:
+        AdapterError: the record is damaged.
+    """
+    record = read_record(folder)
+    if record is not None and record.quantization not in (NONE, NF4):
+        raise AdapterError(
+            f"{folder / RECORD} names the quantization {record.quantization!r}, which is not known here."
+        )
+    return record.quantization if record is not None else NONE
+
+
+def base_quantization(folder: Path, place: torch.device) -> str:
+    """How the base is to be loaded for the adapter: as it was trained, or plainly where four bits are not to be had."""
+    return recorded_quantization(folder) if can_quantize(place) else NONE
 
 
 def digests(folder: Path) -> dict[str, str]:

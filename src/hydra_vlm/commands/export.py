@@ -16,8 +16,9 @@ def run_export(
     rank: int | None,
     device: str,
     decoder_pattern: str | None,
+    other_base: bool = False,
 ) -> Exported:
     """The finished export; raises what `export` raises."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    return export(model, adapter, destination, form, rank, device, decoder_pattern)
+    return export(model, adapter, destination, form, rank, device, decoder_pattern, other_base)

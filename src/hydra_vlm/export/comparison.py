@@ -4,7 +4,7 @@ A tolerance is a share of the largest logit: float32 carries seven digits whatev
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from hydra_vlm.data.readers import Reader, open_reader
 from hydra_vlm.errors import AdapterError, ConfigError
+from hydra_vlm.export.source import Source
 from hydra_vlm.lora import load_adapter
 from hydra_vlm.models.loading import LoadedModel
+from hydra_vlm.models.quantization import NONE
 
 QUESTION = "What is in the picture? Name the colours, the shapes and where they lie."
 PICTURE_SIZE = (160, 112)
@@ -87,10 +89,26 @@ def compare(before: Tensor, after: Tensor, tolerance: float, probe: Probe) -> Co
     return seen
 
 
-def adapted_logits(loaded: LoadedModel, adapter: Any) -> tuple[Tensor, Probe]:
-    """What the adapter itself answers; `loaded` carries it afterwards."""
+def adapted_logits(source: Source) -> tuple[LoadedModel, Tensor, Probe]:
+    """What the adapter itself answers on the base it was trained on, which carries it afterwards."""
+    loaded = source.as_trained()
     probe = make_probe(loaded)
-    return logits(load_adapter(loaded.model, adapter, loaded.parts), probe), probe
+    adapter = load_adapter(loaded.model, source.folder, loaded.parts, other_base=source.other_base)
+    return loaded, logits(adapter, probe), probe
+
+
+def quantization_notes(source: Source) -> tuple[str, ...]:
+    """What has to be said of an adapter that was trained on four-bit weights: how it differs on the full ones."""
+    if source.quantization == NONE:
+        return ()
+    said = f"the adapter was trained on the base with quantization={source.quantization}"
+    if not source.is_quantized:
+        return (f"{said}; without bitsandbytes it was checked on the full weights alone, where it answers otherwise",)
+    _, trained, probe = adapted_logits(source)
+    _, plain, _ = adapted_logits(replace(source, quantization=NONE))
+    difference, largest = float((plain - trained).abs().max()), float(trained.abs().max())
+    on_full = f"on the full weights its logits differ by {difference:.2g} ({probe.text}, largest {largest:.3g})"
+    return (f"{said}, on which it was checked: {on_full}",)
 
 
 def _reader(processor: Any) -> Reader:

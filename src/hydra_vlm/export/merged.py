@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.export.comparison import EXACT, MERGED, compare, logits, make_probe
+from hydra_vlm.export.comparison import EXACT, MERGED, adapted_logits, compare, logits, make_probe
 from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.source import Source
 from hydra_vlm.lora import load_adapter, merge
 from hydra_vlm.models.loading import resolve_model
+from hydra_vlm.models.quantization import NONE, require_bitsandbytes
 from hydra_vlm.models.weights import write_model
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
@@ -28,10 +29,10 @@ def export_merged(source: Source, draft: Path) -> Outcome:
     Raises AdapterError when the folder does not give what the adapter gives.
     """
     dtype = stored_dtype(source)
+    _, before, probe = adapted_logits(source)
     loaded = source.base()
-    probe = make_probe(loaded)
-    peft_model = load_adapter(loaded.model, source.folder, loaded.parts)
-    before = logits(peft_model, probe)
+    peft_model = load_adapter(loaded.model, source.folder, loaded.parts, other_base=source.other_base)
+    compare(before, logits(peft_model, probe), MERGED[torch.float32], probe)
     merged: Any = merge(peft_model, probe.inputs, MERGED[torch.float32])
     cast_parameters(merged, dtype)
     write_model(draft, merged, loaded.processor)
@@ -39,11 +40,24 @@ def export_merged(source: Source, draft: Path) -> Outcome:
     cast_parameters(merged, torch.float32)
     rounded = logits(merged, probe)
     del loaded, peft_model, merged
-    again = replace(source, model=str(draft)).base()
+    again = replace(source, model=str(draft), quantization=NONE).base()
     after = logits(again.model, make_probe(again))
     compare(rounded, after, EXACT, probe)
     seen = compare(before, after, MERGED[dtype], probe)
-    return Outcome(f"loaded again as a model with its processor; {_name(dtype)} weights", seen)
+    return Outcome(f"loaded again as a model with its processor; {_name(dtype)} weights", seen, merged_notes(source))
+
+
+def merged_notes(source: Source) -> tuple[str, ...]:
+    """What has to be said of weights that were four-bit ones."""
+    if source.quantization == NONE:
+        return ()
+    return (f"the adapter is merged into the {source.quantization} values of the base on which it was trained",)
+
+
+def require_quantized_base(source: Source) -> None:
+    """Raises ConfigError where the base cannot be had as the adapter was trained on it: in four bits."""
+    if source.quantization != NONE:
+        require_bitsandbytes(f"merging an adapter that was trained with quantization={source.quantization}")
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hydra_vlm.errors import AdapterError, ConfigError
-from hydra_vlm.export.comparison import Comparison, Probe, adapted_logits
+from hydra_vlm.export.comparison import Comparison, Probe, adapted_logits, quantization_notes
 from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.plain_peft import check_peft_folder
 from hydra_vlm.export.source import Source
@@ -44,8 +44,7 @@ def export_original(source: Source, draft: Path) -> Outcome:
     Raises AdapterError when PEFT does not give what the adapter gives.
     """
     theirs = original_config(source)
-    loaded = source.base()
-    before, probe = adapted_logits(loaded, source.folder)
+    loaded, before, probe = adapted_logits(source)
     parts, scales = loaded.parts, source.scales(loaded.parts)
     names = {name: their_name(name) for name in scales}
     projector = loaded.model.get_submodule(str(parts.projector)).state_dict()
@@ -59,7 +58,8 @@ def export_original(source: Source, draft: Path) -> Outcome:
     torch.save(state, draft / TRAINED_WHOLE)
     seen = _check(source, draft, before, probe)
     base = f"its base in the same layout: hydra-vlm convert {source.model} BASE --to original"
-    return Outcome(f"read back by the authors' names and loaded in PEFT; {form}", seen, (base,))
+    notes = (base, *quantization_notes(source))
+    return Outcome(f"read back by the authors' names and loaded in PEFT; {form}", seen, notes)
 
 
 def original_config(source: Source) -> dict[str, Any]:

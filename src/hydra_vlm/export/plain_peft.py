@@ -15,11 +15,13 @@ from hydra_vlm.export.comparison import (
     adapted_logits,
     compare,
     logits,
+    quantization_notes,
 )
 from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.source import Source
 from hydra_vlm.lora import CONFIG, PROJECTOR, SCHEDULE, WEIGHTS
 from hydra_vlm.models.loading import LoadedModel
+from hydra_vlm.stored_adapter import RECORD
 from hydra_vlm.verification import require_modules, strictly
 
 PROJECTOR_NOTE = (
@@ -33,15 +35,15 @@ def export_peft(source: Source, draft: Path) -> Outcome:
 
     Raises AdapterError when PEFT does not give what the adapter gives.
     """
-    loaded = source.base()
-    before, probe = adapted_logits(loaded, source.folder)
+    loaded, before, probe = adapted_logits(source)
     wanted = source.scales(loaded.parts)
     del loaded
-    for name in (CONFIG, WEIGHTS, SCHEDULE, PROJECTOR):
+    for name in (CONFIG, WEIGHTS, SCHEDULE, PROJECTOR, RECORD):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, draft / name)
     seen = check_peft_folder(source, draft, wanted, before, probe)
-    return Outcome("loaded with PeftModel.from_pretrained", seen, projector_notes(draft))
+    notes = (*projector_notes(draft), *quantization_notes(source))
+    return Outcome("loaded with PeftModel.from_pretrained", seen, notes)
 
 
 def check_peft_folder(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from hydra_vlm.errors import ConfigError
-from hydra_vlm.export.merged import export_merged, stored_dtype
+from hydra_vlm.export.merged import export_merged, require_quantized_base, stored_dtype
 from hydra_vlm.export.original import export_original, original_config
 from hydra_vlm.export.outcome import Exported, Outcome
 from hydra_vlm.export.plain_peft import export_peft
@@ -26,17 +26,18 @@ def export(
     rank: int | None = None,
     device: str = "cpu",
     decoder_pattern: str | None = None,
+    other_base: bool = False,
 ) -> Exported:
     """Write an adapter (a snippet: or a schedule.json) in another form to a folder that appears whole or not at all.
 
     `rank` is the one rank of `uniform`. Everything is computed in float32 on `device`. `decoder_pattern` is for
-    `find_parts`, as the model was trained with.
+    `find_parts`, as the model was trained with. `other_base` permits a base with other weights than it was trained on.
 
     Raises ConfigError, AdapterError or RunFolderError, for whatever can be known beforehand before a model is loaded.
     """
     destination = Path(destination)
     require_free(destination)
-    source = open_source(model, adapter, device, decoder_pattern)
+    source = open_source(model, adapter, device, decoder_pattern, other_base)
     write = _writer(source, form, rank)
     with whole_folder(destination) as draft:
         outcome = write(draft)
@@ -57,6 +58,7 @@ def _writer(source: Source, form: Format, rank: int | None) -> Writer:
     assert folder.is_dir()
     if form == "merged":
         stored_dtype(source)
+        require_quantized_base(source)
         return lambda draft: export_merged(source, draft)
     if form == "uniform":
         padded = uniform_rank(source.schedule, rank)

@@ -11,14 +11,19 @@ from hydra_vlm.errors import AdapterError, ConfigError
 from hydra_vlm.graph import DECODER
 from hydra_vlm.lora import CONFIG, SCHEDULE, WEIGHTS, read_schedule
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_device, resolve_model
+from hydra_vlm.models.quantization import NONE, can_quantize, dequantized
 from hydra_vlm.models.structure import ModelParts, find_parts
 from hydra_vlm.reading import read_json
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.stored_adapter import read_adapter, recorded_quantization
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's name or folder, the adapter's folder (None: a schedule alone), its schedule and LoRA dropout."""
+    """A model's name or folder, the adapter's folder (None: a schedule alone), its schedule and LoRA dropout.
+
+    `quantization` is that of the base on which the adapter was trained.
+    """
 
     model: str
     adapter: Path | None
@@ -26,6 +31,8 @@ class Source:
     dropout: float
     device: torch.device
     decoder_pattern: str | None = None
+    quantization: str = NONE
+    other_base: bool = False
 
     @property
     def folder(self) -> Path:
@@ -37,11 +44,31 @@ class Source:
         return self.adapter
 
     def base(self) -> LoadedModel:
-        """The model without the adapter, in float32 on the device, with the parts that the schedule knows."""
+        """The model without the adapter, in float32 on the device, with the parts that the schedule knows.
+
+        For an adapter that was trained on four-bit weights, plain linears hold those weights' values.
+        """
         # The CPU first: weights are float32 there on every machine, which the comparison needs.
-        loaded = load_model(self.model, "cpu", self.decoder_pattern)
-        model: PreTrainedModel = loaded.model.float().to(self.device)
+        loaded = self._loaded()
+        plain = dequantized(loaded.model) if self.is_quantized else loaded.model
+        model: PreTrainedModel = plain.float().to(self.device)
         return replace(loaded, model=model, parts=self.parts(model))
+
+    def as_trained(self) -> LoadedModel:
+        """The model on which the adapter was trained: `base`, with four-bit layers where it had them."""
+        if not self.is_quantized:
+            return self.base()
+        loaded = self._loaded()
+        return replace(loaded, parts=self.parts(loaded.model))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base is loaded in four bits: the adapter was trained so, and bitsandbytes is there."""
+        return self.quantization != NONE and can_quantize(torch.device("cpu"))
+
+    def _loaded(self) -> LoadedModel:
+        kind = self.quantization if self.is_quantized else NONE
+        return load_model(self.model, "cpu", self.decoder_pattern, quantization=kind)
 
     def parts(self, model: PreTrainedModel) -> ModelParts:
         """The model's parts, with all those in its graph that the schedule is about."""
@@ -70,7 +97,13 @@ class Source:
         return config
 
 
-def open_source(model: str, adapter: str | Path, device: str = "cpu", decoder_pattern: str | None = None) -> Source:
+def open_source(
+    model: str,
+    adapter: str | Path,
+    device: str = "cpu",
+    decoder_pattern: str | None = None,
+    other_base: bool = False,
+) -> Source:
     """Read what is small: the schedule and the configurations.
 
     Raises ConfigError for a model, adapter or schedule that is not there, AdapterError for a folder without an adapter.
@@ -85,8 +118,6 @@ def open_source(model: str, adapter: str | Path, device: str = "cpu", decoder_pa
         if not (path / name).is_file():
             hint = f" Did you mean {path / 'adapter'}?" if (path / "adapter" / CONFIG).is_file() else ""
             raise AdapterError(f"{path} has no {name}: it is not an adapter saved by hydra-vlm.{hint}")
-    try:
-        dropout = float(read_json(path / CONFIG).get("lora_dropout", 0.0))
-    except ValueError as problem:
-        raise AdapterError(f"{path / CONFIG} is damaged ({problem}): train or copy the adapter again.") from None
-    return Source(model, path, read_schedule(path / SCHEDULE), dropout, place, decoder_pattern)
+    schedule, dropout = read_schedule(path / SCHEDULE), float(read_adapter(path).config.get("lora_dropout") or 0.0)
+    kind = recorded_quantization(path)
+    return Source(model, path, schedule, dropout, place, decoder_pattern, kind, other_base)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hydra_vlm.errors import AdapterError, ConfigError
-from hydra_vlm.export.comparison import adapted_logits
+from hydra_vlm.export.comparison import adapted_logits, quantization_notes
 from hydra_vlm.export.outcome import Outcome
 from hydra_vlm.export.plain_peft import check_peft_folder, projector_notes
 from hydra_vlm.export.source import Source
@@ -31,8 +31,7 @@ def export_uniform(source: Source, draft: Path, rank: int) -> Outcome:
 
     Raises AdapterError when PEFT does not give what the adapter gives.
     """
-    loaded = source.base()
-    before, probe = adapted_logits(loaded, source.folder)
+    loaded, before, probe = adapted_logits(source)
     scales = source.scales(loaded.parts)
     del loaded
     tensors = uniform_tensors(load_file(source.folder / WEIGHTS), scales, rank)
@@ -44,7 +43,7 @@ def export_uniform(source: Source, draft: Path, rank: int) -> Outcome:
     return Outcome(
         f"loaded with PeftModel.from_pretrained; rank {rank}, scale 1 in {len(scales)} modules",
         seen,
-        (_vllm_note(rank, bool(source.beyond_decoder())), *projector_notes(draft)),
+        (_vllm_note(rank, bool(source.beyond_decoder())), *projector_notes(draft), *quantization_notes(source)),
     )
 
 

@@ -15,6 +15,7 @@ from hydra_vlm.errors import ConfigError
 from hydra_vlm.models.structure import find_parts
 
 NONE, NF4 = "none", "nf4"
+_VALUES = "_values_of"  # an attribute of a model whose plain linears hold quantised values
 
 
 def require_bitsandbytes(asked: str) -> None:
@@ -64,8 +65,32 @@ def quantized_loading(
 
 
 def quantization_of(model: nn.Module) -> str:
-    """How the base's linears are stored: nf4 where any is a four-bit layer of bitsandbytes, else none."""
-    return NF4 if any(type(module).__name__ == "Linear4bit" for module in model.modules()) else NONE
+    """Whose values the base's linears have: nf4 for four-bit layers of bitsandbytes and what was made of them."""
+    four_bit = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    return NF4 if four_bit or getattr(model, _VALUES, NONE) == NF4 else NONE
+
+
+def can_quantize(place: torch.device) -> bool:
+    """Whether a base in four bits can be loaded here."""
+    return importlib.util.find_spec("bitsandbytes") is not None and place.type in ("cuda", "cpu")
+
+
+def dequantized(model: Any) -> Any:
+    """The same model with plain float32 linears that hold the four-bit values, as merging and saving need them."""
+    from bitsandbytes.functional import dequantize_4bit  # not installed where nobody asks for it
+
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(dequantize_4bit(module.weight.data, module.weight.quant_state).float())
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+    for owner, key in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, key):
+            delattr(owner, key)
+    model.is_quantized = model.is_loaded_in_4bit = False
+    setattr(model, _VALUES, NF4)
+    return model.requires_grad_(False)
 
 
 def keep_trainable(model: nn.Module) -> None:
