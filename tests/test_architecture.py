@@ -144,6 +144,7 @@ MAY_IMPORT = {
         "schedule",
         "search",
         "search_request",
+        "stored_adapter",
     ),
     "evaluation": (
         "benchmarks",
@@ -158,6 +159,7 @@ MAY_IMPORT = {
         "ownership",
         "reading",
         "run_folder",
+        "stored_adapter",
     ),
     "findings": ("config", "errors", "files", "reading", "records", "report", "search"),
     "search_request": ("config", "errors", "files", "performance_model", "reading", "search"),
