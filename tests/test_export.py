@@ -224,7 +224,13 @@ def test_peft_is_the_adapter_to_the_byte_with_the_projector_beside_it(
 ) -> None:
     name, adapter = trained(kind)
     done = export(name, adapter, tmp_path / "out", "peft")
-    names = ["adapter_config.json", "adapter_model.safetensors", "projector.safetensors", "schedule.json"]
+    names = [
+        "adapter.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "projector.safetensors",
+        "schedule.json",
+    ]
     assert [file for file, _ in done.files] == names
     for file in names:
         assert (tmp_path / "out" / file).read_bytes() == (adapter / file).read_bytes()
