@@ -215,7 +215,8 @@ def test_workers_and_cards_are_counted() -> None:
     assert asked_workers(None, None) == []
     assert asked_workers(3, None) == [None] * 3
     assert asked_workers(None, "0, 1") == ["0", "1"]
-    for workers, gpus in ((None, "0,0"), (None, "0,"), (3, "0,1")):
+    assert asked_workers(None, "GPU-8932f937-d72c") == ["GPU-8932f937-d72c"]
+    for workers, gpus in ((None, "0,0"), (None, "0,"), (3, "0,1"), *((None, g) for g in ("", "-1", "all", "0;1", "²"))):
         with pytest.raises(ConfigError, match="--gpus"):
             asked_workers(workers, gpus)
 

@@ -1,6 +1,7 @@
 """The command `search --workers`: local worker processes on one run folder, one for each graphics card where asked."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,9 @@ from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.study import PREPARED, answering, close_storage, create_study, journal, open_storage
 from hydra_vlm.search_request import check_search, for_workers, without_password
 
+CARD = r"0|[1-9]\d{0,3}|(GPU|MIG)-[\w/-]+"
+"""A card's number or its name as the driver lists it; under any other word no card is seen, and the CPU would train."""
+
 STORAGE = "HYDRA_VLM_STORAGE"
 """The environment variable that gives workers the storage's URL, password and all: a command line is seen by anyone."""
 
@@ -31,8 +35,8 @@ def asked_workers(workers: int | None, gpus: str | None) -> list[str | None]:
             raise ConfigError(f"--workers {workers} is more than this machine's cores can serve: give {most} or fewer")
         return [None] * (workers or 0)
     cards = [card.strip() for card in gpus.split(",")]
-    if not all(cards) or len(set(cards)) < len(cards):
-        raise ConfigError(f"--gpus {gpus} must name each graphics card once, such as --gpus 0,1")
+    if not all(re.fullmatch(CARD, card, re.ASCII) for card in cards) or len(set(cards)) < len(cards):
+        raise ConfigError(f"--gpus {gpus!r} must name each graphics card once, such as --gpus 0,1")
     if workers is not None and workers != len(cards):
         raise ConfigError(f"--gpus {gpus} starts {len(cards)} workers, and --workers says {workers}: leave one out")
     return list(cards)
