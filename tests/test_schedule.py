@@ -8,6 +8,7 @@ import pytest
 
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import ComputationGraph, Projection, llama_graph, preset
+from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.schedule import RankSchedule, Scaling, format_stages, hand_schedule, parse_stages
 
 TINY = llama_graph("tiny", 3, hidden=8, feed_forward=24)
@@ -143,3 +144,31 @@ def test_json_that_was_edited_or_is_something_else() -> None:
         RankSchedule.from_json(data)
     with pytest.raises(ConfigError, match="not a rank schedule"):
         RankSchedule.from_json({"graph": TINY.to_json()})
+
+
+@pytest.mark.parametrize("value", [True, 2.5, "8", None, math.nan, math.inf, 10**30, [1]])
+@pytest.mark.parametrize("key", ["budget", "delta", "parameters", "scaling", "rank", "width", "norm", "steps"])
+def test_numbers_that_are_read_back_are_numbers(key: str, value: object) -> None:
+    graph = llama_graph("g", 2, 8, 24)
+    n = len(graph.projections)
+    schedule = RankSchedule("s", graph, (2,) * n, 2 * graph.cost, ((0,), (1,)), 1).to_json()
+    profile = GradientNormProfile(graph, ((1.0, 2.0),) * n, ((0.0, 0.0),) * n, 4, 1).to_json()
+    if (key, value) in (("delta", None), ("scaling", 2.5), ("norm", 2.5)) or (
+        key in ("scaling", "norm") and value == 10**30
+    ):
+        return  # these are allowed
+    if key == "scaling":
+        schedule["scaling"]["value"] = value
+    elif key == "rank":
+        schedule["ranks"][0]["q_proj"] = value
+    elif key == "width":
+        schedule["graph"]["layers"][0]["q_proj"][0] = profile["graph"]["layers"][0]["q_proj"][0] = value
+    elif key == "norm":
+        profile["mean"][0]["q_proj"][0] = value
+    elif key == "steps":
+        profile["steps"] = value
+    else:
+        schedule[key] = value
+    read = GradientNormProfile.from_json if key in ("norm", "steps") else RankSchedule.from_json
+    with pytest.raises(ConfigError):
+        read(profile if key in ("norm", "steps") else schedule)  # type: ignore[arg-type]

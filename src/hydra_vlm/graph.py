@@ -8,6 +8,7 @@ Symbols of the paper: G computation graph, N_l number of layers, Z rank schedule
 
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -213,13 +214,13 @@ class ComputationGraph:
         try:
             components = list(data["components"])
             projections = [
-                Projection(layer, component, int(shape[0]), int(shape[1]))
+                Projection(layer, component, whole(shape[0]), whole(shape[1]))
                 for layer, shapes in enumerate(data["layers"])
                 for component, shape in sorted(shapes.items(), key=lambda item: components.index(item[0]))
             ]
-            parts = tuple((str(part), int(n)) for part, n in data.get("parts", {}).items())
+            parts = tuple((str(part), whole(n)) for part, n in data.get("parts", {}).items())
             return cls(str(data["name"]), tuple(projections), parts, tuple(map(str, data.get("notes", ()))))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise ConfigError(f"not a computation graph: {type(error).__name__} {error}.") from error
 
     def __repr__(self) -> str:
@@ -227,6 +228,20 @@ class ComputationGraph:
             f"ComputationGraph({self.name!r}, {self.n_layers} layers, {len(self.projections)} projections "
             f"({', '.join(self.components)}), {self.cost:,} parameters per rank, {self.fingerprint()})"
         )
+
+
+def whole(value: Any) -> int:
+    """A whole number as JSON has it; raises ValueError for anything else, such as true, 2.5, "8" or 10^30."""
+    if type(value) is not int or abs(value) >= 2**63:
+        raise ValueError(f"{str(value)[:40]!r} is no whole number in range")
+    return value
+
+
+def finite(value: Any) -> float:
+    """A finite number as JSON has it; raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+    return float(value)
 
 
 def llama_graph(

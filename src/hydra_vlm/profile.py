@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from hydra_vlm.errors import ConfigError, GraphMismatchError, StageError
-from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.graph import ComputationGraph, finite, whole
 from hydra_vlm.schedule import Stages
 
 TensorValues = tuple[tuple[float, float], ...]
@@ -113,8 +113,8 @@ class GradientNormProfile:
         try:
             graph = ComputationGraph.from_json(data["graph"])
             mean, spread = (_flatten(graph, data[key]) for key in ("mean", "spread"))
-            return cls(graph, mean, spread, int(data["steps"]), int(data["skipped"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            return cls(graph, mean, spread, whole(data["steps"]), whole(data["skipped"]))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"not a gradient-norm profile: {type(error).__name__} {error}.") from error
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ def _nest(graph: ComputationGraph, values: TensorValues) -> list[dict[str, list[
 
 def _flatten(graph: ComputationGraph, layers: Sequence[Mapping[str, Sequence[float]]]) -> TensorValues:
     pairs = (layers[p.layer][p.component] for p in graph.projections)
-    return tuple((float(pair[0]), float(pair[1])) for pair in pairs)
+    return tuple((finite(pair[0]), finite(pair[1])) for pair in pairs)
 
 
 def require_same_graph(profile: GradientNormProfile, graph: ComputationGraph) -> None:

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
-from hydra_vlm.graph import DECODER, ComputationGraph
+from hydra_vlm.graph import DECODER, ComputationGraph, finite, whole
 
 Stages = tuple[tuple[int, ...], ...]
 ScalingRule = Literal["constant", "fixed", "rslora"]
@@ -226,14 +226,14 @@ class RankSchedule:
             schedule = cls(
                 name=str(data["name"]),
                 graph=graph,
-                ranks=tuple(int(data["ranks"][p.layer][p.component]) for p in graph.projections),
-                budget=int(data["budget"]),
+                ranks=tuple(whole(data["ranks"][p.layer][p.component]) for p in graph.projections),
+                budget=whole(data["budget"]),
                 stages=None if stages is None else parse_stages(stages, graph.n_layers),
-                delta=None if data["delta"] is None else int(data["delta"]),
-                scaling=Scaling(data["scaling"]["rule"], float(data["scaling"]["value"])),
+                delta=None if data["delta"] is None else whole(data["delta"]),
+                scaling=Scaling(data["scaling"]["rule"], finite(data["scaling"]["value"])),
             )
-            claimed = int(data["parameters"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            claimed = whole(data["parameters"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"not a rank schedule: {type(error).__name__} {error}.") from error
         if schedule.parameters != claimed:
             raise ConfigError(

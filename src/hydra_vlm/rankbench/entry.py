@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from hydra_vlm.allocation import Budget
 from hydra_vlm.errors import DataError
-from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.graph import ComputationGraph, whole
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.search.space import Candidate, Space, Value
@@ -60,7 +60,7 @@ class Entry:
         """The inverse of `to_json`, for schedules of this graph; raises DataError on anything else."""
         try:
             space = data["space"]
-            ranks = tuple(int(rank) for rank in data["ranks"])
+            ranks = tuple(whole(rank) for rank in data["ranks"])
             if space not in ("closed", "open") or len(ranks) != len(graph.projections):
                 raise ValueError(f"space {space!r} with {len(ranks)} ranks for {len(graph.projections)} projections")
             pairs = zip(graph.projections, ranks, strict=True)

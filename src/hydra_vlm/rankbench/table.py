@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hydra_vlm.allocation import Budget
 from hydra_vlm.errors import ConfigError, DataError, FileError, MissingFileError
 from hydra_vlm.files import write_json, write_text
-from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.graph import ComputationGraph, finite, whole
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.rankbench.entry import Entry
 from hydra_vlm.reading import read_json, read_json_lines
@@ -75,10 +75,10 @@ class Row:
     def from_json(cls, data: Mapping[str, Any]) -> "Row":
         """The inverse of `to_json`; raises DataError on anything else."""
         try:
-            losses = tuple((int(step), float(loss)) for step, loss in data["train_losses"])
-            scores = tuple(float(value) for value in data["scores"])
-            loss, seconds = float(data["loss"]), float(data["seconds"])
-            return cls(str(data["id"]), int(data["seed"]), scores, loss, losses, seconds)
+            losses = tuple((whole(step), finite(loss)) for step, loss in data["train_losses"])
+            scores = tuple(finite(value) for value in data["scores"])
+            loss, seconds = finite(data["loss"]), finite(data["seconds"])
+            return cls(str(data["id"]), whole(data["seed"]), scores, loss, losses, seconds)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"not a run of RankBench: {type(error).__name__} {error}.") from error
 
@@ -222,7 +222,7 @@ def load(folder: Path | None = None) -> RankBench:
         lines = {name: _lines(folder / f"{name}.jsonl") for name in ("schedules", "runs")}
         return RankBench(
             graph=graph,
-            budget=Budget(int(header["budget"]["parameters"]), int(header["budget"]["rank"])),
+            budget=Budget(whole(header["budget"]["parameters"]), whole(header["budget"]["rank"])),
             profile=GradientNormProfile.from_json({**header["profile"], "graph": header["graph"]}),
             benchmarks=tuple(map(str, header["benchmarks"])),
             entries=tuple(Entry.from_json(line, graph) for line in lines["schedules"]),
