@@ -13,7 +13,7 @@ import pytest
 from hydra_vlm import trials
 from hydra_vlm import tune as job
 from hydra_vlm.benchmarks.suite import Task, load_tasks
-from hydra_vlm.config import Config
+from hydra_vlm.config import Config, load_config
 from hydra_vlm.data import digests
 from hydra_vlm.data.digests import contents_of
 from hydra_vlm.data.remembered import state_of
@@ -23,7 +23,7 @@ from hydra_vlm.evaluation import EvaluationRequest, evaluate
 from hydra_vlm.files import write_json
 from hydra_vlm.inputs import INPUTS, SET_ASIDE, bind, model_inputs, read_inputs, task_inputs
 from hydra_vlm.lora import read_schedule
-from hydra_vlm.run_folder import A_WORKERS_OWN, RunFolder, environment, keep_session, session_changes
+from hydra_vlm.run_folder import A_WORKERS_OWN, RunFolder, environment, keep_session, open_run, session_changes
 from hydra_vlm.training.trainer import VLMTrainer
 from tiny import toy_config, write_toy_data
 
@@ -281,6 +281,18 @@ def test_seeds_and_schedules_may_be_added_to_a_finished_run(home: Path) -> None:
     assert {path.parent.name for path in run.glob("trials/*/record.json")} == names
     with pytest.raises(RunFolderError, match=r"training\.learning_rate"):
         job.tune(configured(home, "seeds=[0,1,2]", "training.learning_rate=0.5"), run, quiet)
+
+
+def test_a_run_that_lacks_a_later_key_goes_on_by_its_default(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for seeds in ("seeds=[0]", "seeds=[0,1]"):
+        open_run(run, load_config(None, [seeds]), {})
+        stored = run / "config.yaml"
+        assert "warmup_ratio: 0.03" in stored.read_text()
+        stored.write_text(stored.read_text().replace("  warmup_ratio: 0.03\n", ""))
+        (run / "trials" / "uniform-seed0").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(RunFolderError, match=r"training\.warmup_ratio: 0\.03 there, 0\.1 now"):
+        open_run(run, load_config(None, ["training.warmup_ratio=0.1"]), {})
 
 
 def test_a_trial_keeps_its_schedule(home: Path) -> None:

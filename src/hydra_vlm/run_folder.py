@@ -142,7 +142,8 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
     """
     stored = path / "config.yaml"
     if stored.is_file():
-        before = flatten(_stored_config(stored))
+        # A run of an earlier version lacks keys that came later: their defaults are what it did.
+        before = flatten(Config().model_dump(mode="json")) | flatten(_stored_config(stored))
         now = flatten(config.model_dump(mode="json"))
         changed = sorted(key for key in (before | now).keys() - CHANGEABLE if before.get(key) != now.get(key))
         if changed and has_begun(path):
