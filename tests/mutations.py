@@ -344,7 +344,7 @@ def model_subject(pristine: Path) -> Callable[[Path], Result]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    record = Record("r", str(pristine / "toy.png"), (("what is it?", "a red disc"),))
+    record = Record("r", str(pristine / "toy.png"), (("<image>\nwhat is it?", "a red disc"),))
 
     def act(folder: Path) -> Result:
         loaded = load_model(str(folder), "cpu")
@@ -365,7 +365,7 @@ def adapter_subject(pristine: Path) -> Callable[[Path], Result]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = load_model(str(pristine.parent / "model"), "cpu").model
-    inputs = {"input_ids": torch.tensor([[1, 5, 6, 7, 3, 9]]), "pixel_values": torch.ones(1, 3, 32, 32)}
+    inputs = {"input_ids": torch.tensor([[1, 3, 3, 3, 3, 5, 6, 7]]), "pixel_values": torch.ones(1, 3, 32, 32)}
     bare = model(**inputs).logits.detach()
 
     def act(folder: Path) -> Result:
@@ -454,7 +454,13 @@ def outcome(act: Callable[[Path], Result], folder: Path, seed: str, expected: Re
         return told | {"end": "foreign", "said": f"{type(problem).__name__}: {problem}"[:500]}
     if equal(result, expected):
         return told | {"end": "harmless", "said": ""}
-    return told | {"end": "another" if legible else "wrong", "said": ""}
+    return told | {"end": "another" if legible or admits(result) else "wrong", "said": ""}
+
+
+def admits(result: Result) -> bool:
+    """Whether a run's scores say themselves that answers are missing."""
+    scores = result[1].values() if isinstance(result, tuple) else ()
+    return any(score["unanswered"] for found in scores for score in found)
 
 
 def main(kind: str, pristine: str, scratch: str, first: str, last: str) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from hydra_vlm import trials
 from hydra_vlm.cli import app
 from hydra_vlm.data import image_check, json_rows, preflight, record_file
+from hydra_vlm.data.cache import CacheWarning, cache_folder
 from hydra_vlm.data.instruction import InstructionDataset
 from hydra_vlm.data.json_rows import rows_of
 from hydra_vlm.data.preflight import Checked, check_file, check_reading, settle
@@ -276,6 +277,39 @@ def test_a_stopped_pass_goes_on(
     assert (found.findings, list(found.records)) == (whole.findings, list(whole.records))
     assert np.array_equal(found.lengths, whole.lengths)
     assert [finding.row for finding in found.bad] == [0, 9, 18, 27]
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "scan.json", "lengths.npy", "lengths.json"])
+@pytest.mark.parametrize("how", ["a byte", "shorter", "empty", "older"])
+def test_a_damaged_cache_entry_is_named_and_made_anew(home: Path, reader: Reader, name: str, how: str) -> None:
+    path = lines(home, *(json.dumps(record(i)) for i in range(40)), json.dumps(record(41, image="5.png")), "{}")
+    first = check_reading(checked(home, path), reader, 512, home / "cache")
+    (entry,) = (home / "cache").rglob(name)
+    raw = bytearray(entry.read_bytes())
+    if how == "a byte":
+        raw[-40] ^= 1
+    entry.write_bytes({"a byte": bytes(raw), "shorter": raw[:-5], "empty": b"", "older": raw[:-16]}[how])
+    with pytest.warns(CacheWarning, match=f"{name} in the cache is damaged .* made anew"):
+        second = check_reading(checked(home, path), reader, 512, home / "cache")
+    third = check_reading(checked(home, path), reader, 512, home / "cache")  # it is whole again: no warning
+    for again in (second, third):
+        assert (first.findings, list(first.records)) == (again.findings, list(again.records))
+        assert np.array_equal(first.lengths, again.lengths)
+
+
+def test_a_cache_that_takes_nothing_is_said_and_missed_by_nobody(
+    home: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "file").touch()
+    path = lines(home, *(json.dumps(record(i)) for i in range(5)))
+    with pytest.warns(CacheWarning, match="takes no new files .*HYDRA_VLM_CACHE"):
+        found = check_reading(checked(home, path), reader, 512, home / "file/cache")
+    assert len(found.records) == 5
+    monkeypatch.setenv("HYDRA_VLM_CACHE", str(home / "file/cache"))
+    monkeypatch.setattr("hydra_vlm.data.cache._OWN", [])
+    with pytest.warns(CacheWarning, match="takes no new files"):
+        first = cache_folder()
+    assert cache_folder() == first  # said once
 
 
 def test_records_read_by_number_equal_those_read_at_once(home: Path) -> None:

@@ -12,6 +12,7 @@ from hydra_vlm import trials
 from hydra_vlm.allocation import AllocationRequest, allocate
 from hydra_vlm.config import load_config
 from hydra_vlm.data import features as features_room
+from hydra_vlm.data.cache import CacheWarning
 from hydra_vlm.data.feature_store import FeatureStore, StoredFeatures, fingerprint, read_rows
 from hydra_vlm.data.features import encode_into, encode_once
 from hydra_vlm.errors import DataError
@@ -201,13 +202,18 @@ def test_the_store_keeps_to_its_size(
     assert 0 < sum(path.stat().st_size for path in half.folder.rglob("*.safetensors")) <= taken / 2
 
 
-def test_a_damaged_block_is_encoded_again(loaded: LoadedModel, toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut", "a byte"])
+def test_a_damaged_block_is_named_and_encoded_again(loaded: LoadedModel, toy: Path, tmp_path: Path, how: str) -> None:
     store, paths = FeatureStore(tmp_path, 1.0), images(toy)
     encode_into(store, loaded.model, loaded.processor, paths)
     (block,) = tmp_path.rglob("*.safetensors")
-    block.write_bytes(block.read_bytes()[:40])
+    raw = bytearray(block.read_bytes())
+    raw[-10] ^= 1
+    block.write_bytes(raw if how == "a byte" else raw[:40])
     computed = encode_once(loaded.model, loaded.processor, paths)
-    stored = read_rows(encode_into(store, loaded.model, loaded.processor, paths))
+    with pytest.warns(CacheWarning, match=f"{block.name} is damaged .* made anew"):
+        places = encode_into(store, loaded.model, loaded.processor, paths)
+    stored = read_rows(places)
     assert all(torch.equal(stored[key], computed[key]) for key in computed)
 
 

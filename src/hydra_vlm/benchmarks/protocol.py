@@ -34,7 +34,11 @@ class Example:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Example":
-        return cls(**data | {"answers": tuple(data["answers"]), "options": tuple(data["options"])})
+        found = cls(**data | {"answers": tuple(data["answers"]), "options": tuple(data["options"])})
+        texts = (found.id, found.image or "", found.question, found.group, found.unit, *found.answers, *found.options)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"an example is made of texts, found {data!r:.100}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class Prediction:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Prediction":
-        return cls(**data)
+        found = cls(**data)
+        if not all(isinstance(text, str) for text in (found.id, found.prompt, found.text)):
+            raise ValueError(f"id, prompt and text of a prediction must be texts, found {data!r:.100}")
+        return found
 
 
 @dataclass(frozen=True)

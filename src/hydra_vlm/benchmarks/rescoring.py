@@ -1,5 +1,6 @@
 """Scores from saved predictions, without a model: in an evaluation folder or a run folder. No torch."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read_predictions(path: Path, task: Task) -> list[Prediction]:
     Raises:
         RunFolderError: a line in the middle does not read, or belongs to no example.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):  # what is there but no file is told as that
         return []
     lines = read_text(path, TABLE).splitlines(keepends=True)
     found: dict[str, Prediction] = {}
@@ -82,7 +83,7 @@ def _rescored(run: Path, paths: dict[str, Path], rule: Rule) -> dict[str, tuple[
     scores = {}
     for found in sorted([*run.glob("answers/*"), *run.glob("trials/*")]):
         folder = below(run, f"{found.parent.name}/{found.name}", "folder", RunFolderError)  # it is written to
-        answered = [task for task in tasks if (folder / "predictions" / f"{task.name}.jsonl").is_file()]
+        answered = [task for task in tasks if os.path.lexists(folder / "predictions" / f"{task.name}.jsonl")]
         if answered:
             scores[folder.name] = finish(folder, _as_before(folder, answered))
             _renew_record(folder / "record.json", scores[folder.name])
@@ -94,7 +95,7 @@ def _rescored(run: Path, paths: dict[str, Path], rule: Rule) -> dict[str, tuple[
 def _as_before(folder: Path, tasks: Sequence[Task]) -> list[Task]:
     """In the order in which they were scored last, which reports follow; new ones behind."""
     path = folder / "scores.json"
-    before = [score["benchmark"] for score in read_json(path)] if path.is_file() else []
+    before = [score["benchmark"] for score in read_json(path)] if os.path.lexists(path) else []
     return sorted(tasks, key=lambda task: before.index(task.name) if task.name in before else len(before))
 
 
@@ -106,6 +107,6 @@ def _read_examples(path: Path) -> tuple[Example, ...]:
 
 
 def _renew_record(path: Path, scores: Sequence[Score]) -> None:
-    if path.is_file():
+    if os.path.lexists(path):
         record = read_json(path)
         write_json(path, record | {"scores": [score.to_json() for score in scores]})

@@ -9,7 +9,10 @@ their own and renamed.
 import hashlib
 import json
 import uuid
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hydra_vlm.data.cache import CacheWarning
 from hydra_vlm.files import as_umask_says
 
 Place = tuple[Path, int]
@@ -36,13 +40,18 @@ class FeatureStore:
     gigabytes: float
 
     def places(self, fingerprint: str) -> dict[str, Place]:
-        """Where the features of each image are, by the SHA-256 of its file; a damaged block is left out."""
+        """Where the features of each image are, by the SHA-256 of its file; a damaged block is named and removed."""
         found: dict[str, Place] = {}
         for block in sorted((self.folder / fingerprint).glob("*.safetensors")):
             try:
-                with safe_open(block, "pt") as file:
-                    images = json.loads((file.metadata() or {})["images"])
-            except (SafetensorError, OSError, KeyError, ValueError):
+                images = _whole_block(block)
+            except FileNotFoundError:  # another worker made room
+                continue
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
+                reason = f"{type(problem).__name__}: {problem}"
+                warnings.warn(f"{block} is damaged ({reason}): its features are made anew", CacheWarning, stacklevel=2)
+                with suppress(OSError):
+                    block.unlink()
                 continue
             found |= {image: (block, row) for row, image in enumerate(images)}
         return found
@@ -52,7 +61,8 @@ class FeatureStore:
         folder = self.folder / fingerprint
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / f"{uuid.uuid4().hex}.part"
-        save_file({"features": features.contiguous()}, written, metadata={"images": json.dumps(list(images))})
+        told = {"images": json.dumps(list(images)), "sum": _sum(features)}
+        save_file({"features": features.contiguous()}, written, metadata=told)
         as_umask_says(written)
         written.replace(written.with_suffix(".safetensors"))
         self._make_room()
@@ -70,6 +80,25 @@ class FeatureStore:
                 return
             block.unlink(missing_ok=True)
             taken -= size
+
+
+def _whole_block(block: Path) -> list[str]:
+    """The images of a block whose features are what was written.
+
+    Raises:
+        ValueError: they are not.
+    """
+    with safe_open(block, "pt") as file:
+        told, features = file.metadata() or {}, file.get_tensor("features")
+    images = json.loads(told["images"])
+    if told["sum"] != _sum(features) or len(images) != len(features):
+        raise ValueError("another check sum")
+    return list(map(str, images))
+
+
+def _sum(features: Tensor) -> str:
+    """CRC-32 of the numbers: a gigabyte a second, and what may have happened to a disk is no forgery."""
+    return f"{zlib.crc32(features.contiguous().view(-1).view(torch.uint8).numpy().tobytes()):08x}"
 
 
 def read_rows(places: Mapping[Key, Place]) -> dict[Key, Tensor]:

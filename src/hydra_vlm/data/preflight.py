@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from hydra_vlm.data.cache import cache_folder, digest_of, read_array, write_array
+from hydra_vlm.data.cache import cache_folder, digest_of, read_array, read_summary, write_array, write_summary
 from hydra_vlm.data.image_check import image_faults
 from hydra_vlm.data.image_files import MAX_PIXELS
 from hydra_vlm.data.record_file import (
@@ -23,7 +23,6 @@ from hydra_vlm.data.record_file import (
     RecordFile,
     blocks_of,
     drop_blocks,
-    read_summary,
     scan,
     write_block,
 )
@@ -240,7 +239,7 @@ def _lengths(records: RecordFile, reader: Any, cache: Path, items: Items) -> tup
                 items.clear()
     lengths = np.concatenate([*parts, np.empty(0, np.int32)])
     write_array(store / "lengths.npy", lengths)
-    write_json(store / "lengths.json", {"findings": findings})
+    write_summary(store / "lengths.json", {"findings": findings})
     drop_blocks(store)
     return lengths, findings
 

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple, SupportsIndex, overload
 import numpy as np
 from tqdm import tqdm
 
-from hydra_vlm.data.cache import cache_folder, digest_of, file_digest, number_of, read_array, write_array
+from hydra_vlm.data.cache import (
+    cache_folder,
+    digest_of,
+    file_digest,
+    number_of,
+    read_array,
+    read_summary,
+    write_array,
+    write_summary,
+)
 from hydra_vlm.data.json_rows import Place, rows_of
 from hydra_vlm.data.records import Record, record_of
 from hydra_vlm.errors import DataError
-from hydra_vlm.files import write_json
-from hydra_vlm.reading import read_json
 
 BLOCK = 50_000
 """Rows that are stored together; a stopped pass reads at most so many again."""
@@ -152,15 +159,6 @@ def scan(path: Path, images: Path | None = None, cache: Path | None = None) -> S
     return Scan(RecordFile(path, folder, digest, rows), summary["total"], findings)
 
 
-def read_summary(path: Path) -> dict[str, Any] | None:
-    """A stored JSON object; None where there is no whole one."""
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def blocks_of(store: Path) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """The blocks that a pass has stored, in order, up to the first that is not whole."""
     number = 0
@@ -175,7 +173,7 @@ def blocks_of(store: Path) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
 def write_block(store: Path, number: int, array: np.ndarray, told: dict[str, Any]) -> None:
     """Store one block, what is told of it last."""
     write_array(store / f"{number:06d}.npy", array)
-    write_json(store / f"{number:06d}.json", told)
+    write_summary(store / f"{number:06d}.json", told)
 
 
 def drop_blocks(store: Path) -> None:
@@ -199,7 +197,7 @@ def _pass_over(path: Path, folder: Path, store: Path) -> tuple[np.ndarray, dict[
     rows = np.concatenate([*parts, np.empty(0, ROW)])
     summary = {"total": place.number, "findings": findings}
     write_array(store / "rows.npy", rows)
-    write_json(store / "scan.json", summary)
+    write_summary(store / "scan.json", summary)
     drop_blocks(store)
     return rows, summary
 

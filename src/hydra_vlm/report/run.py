@@ -1,5 +1,6 @@
 """Reading a run folder back into records; whatever is not there yet is left empty."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +40,18 @@ def load_run(folder: Path) -> RunData:
     config, environment, profile = (folder / name for name in ("config.yaml", "environment.json", "profile.json"))
     schedules = [_read(path, RankSchedule.from_json) for path in (folder / "schedules").glob("*.json")]
     homes = sorted(path for path in (folder / "trials").glob("*") if path.is_dir())
-    done = [home for home in homes if (home / "record.json").exists()]
+    done = [home for home in homes if os.path.lexists(home / "record.json")]
     trials = [_read(home / "record.json", TrialRecord.from_json) for home in done]
-    if not (config.exists() or profile.exists() or schedules or homes):
+    if not (os.path.lexists(config) or os.path.lexists(profile) or schedules or homes):
         raise RunFolderError(
             f"{folder} is not a run folder: it has no config.yaml, profile.json, schedules or trials. "
             "Name the folder that was given to --out."
         )
     return RunData(
         folder=folder,
-        config=read_text(config, PAGE) if config.exists() else "",
-        environment=_read(environment, dict) if environment.exists() else {},
-        profile=_read(profile, GradientNormProfile.from_json) if profile.exists() else None,
+        config=read_text(config, PAGE) if os.path.lexists(config) else "",
+        environment=_read(environment, dict) if os.path.lexists(environment) else {},
+        profile=_read(profile, GradientNormProfile.from_json) if os.path.lexists(profile) else None,
         schedules=tuple(sorted(schedules, key=lambda s: place(s.name))),
         trials=tuple(sorted(trials, key=lambda t: (place(t.name), t.seed))),
         verdicts={trial.key: _read_verdicts(home) for home, trial in zip(done, trials, strict=True)},
