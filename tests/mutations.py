@@ -25,6 +25,7 @@ import resource
 import shutil
 import struct
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,7 +298,7 @@ def damage(folder: Path, seed: str) -> Damage:
     path = rng.choice(weights if weights and rng.random() < 0.35 else files)
     name = str(path.relative_to(folder))
     if not path.stat().st_size or rng.random() < 0.35:
-        act = rng.choice(ANY)
+        act = rng.choice([act for act in ANY if act is not flipped or path not in weights])
         if path.stat().st_size or act not in (truncated, flipped, inserted):
             act(path, rng)
         return Damage(act.__name__, name, legible=False)
@@ -451,7 +452,9 @@ def outcome(act: Callable[[Path], Result], folder: Path, seed: str, expected: Re
         clear = "\n" not in message and (str(folder) in message or damaged.name in message)
         return told | {"end": "refused" if clear else "unclear", "said": message}
     except BaseException as problem:
-        return told | {"end": "foreign", "said": f"{type(problem).__name__}: {problem}"[:500]}
+        frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(problem.__traceback__)]
+        ours = [frame for frame in frames if not frame.startswith("mutations")][-12:]
+        return told | {"end": "foreign", "said": f"{type(problem).__name__}: {problem}"[:300] + f" {' '.join(ours)}"}
     if equal(result, expected):
         return told | {"end": "harmless", "said": ""}
     return told | {"end": "another" if legible or admits(result) else "wrong", "said": ""}

@@ -197,7 +197,7 @@ def load_adapter(
     folder = Path(folder)
     stored = read_adapter(folder)
     schedule = own_schedule(folder)
-    parts = parts if parts is not None else find_parts(model, adapt=tuple(schedule.graph.part_layers))
+    parts = parts if parts is not None else _adapted_parts(model, schedule, folder)
     require_schedule_fits(schedule, parts.graph)
     _require_same(stored, _wanted(schedule, parts))
     _require_base(stored, model, parts, other_base)
@@ -215,6 +215,14 @@ def load_adapter(
             peft_model.requires_grad_(False).eval()
     _lent[peft_model] = (parts.projector, replaced)
     return peft_model
+
+
+def _adapted_parts(model: nn.Module, schedule: RankSchedule, folder: Path) -> ModelParts:
+    """The model's parts that a stored schedule reaches."""
+    try:
+        return find_parts(model, adapt=tuple(schedule.graph.part_layers))
+    except ConfigError as problem:
+        raise ConfigError(f"{folder / SCHEDULE} does not fit the model: {problem}") from None
 
 
 def own_schedule(folder: Path) -> RankSchedule:

@@ -47,7 +47,8 @@ def strictly(what: str) -> Iterator[None]:
     except HydraError:
         raise
     except Exception as error:
-        raise AdapterError(f"{what}: PEFT fails with {type(error).__name__}: {error}") from error
+        told = " ".join(str(error).split())[:400]
+        raise AdapterError(f"{what}: PEFT fails with {type(error).__name__}: {told}") from error
     # Deprecations and torch's remarks on the machine (an old driver) are not about the request.
     about_us = [
         w for w in caught if issubclass(w.category, UserWarning | RuntimeWarning) and "/torch/" not in w.filename

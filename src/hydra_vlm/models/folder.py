@@ -54,10 +54,12 @@ def require_readable(folder: Path) -> dict[str, Any]:
 
 
 def require_files(folder: Path) -> None:
-    """Raises FileError where a pipe, a device or a socket lies in a folder."""
+    """Raises FileError where a pipe, a device or a socket lies in a folder, or anything but a file by a file's name."""
+    known = {CONFIG, *PROCESSORS, *SETTINGS, *VOCABULARIES, *PLAIN}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.is_file() and not entry.is_dir() and not file_fault(entry.path).endswith("not exist"):
+            harmless = entry.is_dir() or file_fault(entry.path).endswith("not exist")
+            if not entry.is_file() and (entry.name in known or not harmless):
                 raise FileError(f"{entry.path} {file_fault(entry.path)}")
 
 

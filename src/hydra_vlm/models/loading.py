@@ -15,7 +15,9 @@ from transformers import (
 )
 
 import hydra_vlm.models.mobilevlm  # noqa: F401  (registers MobileVLM with the Auto classes)
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.errors import CheckpointError, ConfigError
+from hydra_vlm.faults import first_line
+from hydra_vlm.files import reading
 from hydra_vlm.graph import DECODER
 from hydra_vlm.models.folder import require_readable
 from hydra_vlm.models.held import require_held
@@ -122,10 +124,11 @@ def load_model(
     kind = model_class(config)
     require_held(kind, config, folder, weight_files(folder))
     how = quantized_loading(quantization, config, kind, place, weights, decoder_pattern)
-    try:
-        model: Any = load_whole(kind, folder, dtype=weights, attn_implementation=attention, **how)
-    except ImportError as problem:
-        raise ConfigError(f"attention={attention}: {str(problem).splitlines()[0]} Use auto, or install it") from None
+    with reading(folder, "fetch or save the model again", CheckpointError):
+        try:
+            model: Any = load_whole(kind, folder, dtype=weights, attn_implementation=attention, **how)
+        except ImportError as problem:
+            raise ConfigError(f"attention={attention}: {first_line(problem)} Use auto, or install it") from None
     model = (model if how else model.to(place)).eval().requires_grad_(False)
     keep_trainable(model)
     parts = find_parts(model, decoder_pattern, adapt)
@@ -139,12 +142,13 @@ def load_model(
 
 def model_configuration(folder: Path) -> PreTrainedConfig:
     """The configuration of a saved model; raises ConfigError for a kind that transformers does not know."""
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as problem:
-        if "trust_remote_code" in str(problem):
-            raise ConfigError(f"model {folder} brings Python code of its own, which is never run here") from None
-        raise ConfigError(f"model {folder}: {problem}") from None
+    with reading(folder / "config.json", "put back the one that the model was saved with", ConfigError):
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as problem:
+            if "trust_remote_code" in str(problem):
+                raise ConfigError(f"model {folder} brings Python code of its own, which is never run here") from None
+            raise ConfigError(f"model {folder}: {' '.join(str(problem).split())[:400]}") from None
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -14,6 +14,7 @@ from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from hydra_vlm.errors import CheckpointError, ConfigError
+from hydra_vlm.files import reading
 from hydra_vlm.models.folder import require_tokenizer_possible
 from hydra_vlm.reading import read_object
 
@@ -39,18 +40,22 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> Any:
         ConfigError: it needs a package that is not installed, or the folder holds none.
     """
     require_tokenizer_possible(folder)
-    try:
-        processor_class = PROCESSOR_MAPPING.get(type(config), None)
-        if processor_class and "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
-            return _without_video(processor_class, folder)
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except ImportError as problem:
-        raise ConfigError(f"the processor in {folder} cannot be loaded: {' '.join(str(problem).split())}") from None
-    except (OSError, ValueError) as problem:
-        raise ConfigError(
-            f"{folder} holds no processor that can be loaded ({problem}): put the files of its tokenizer and image "
-            "processor beside config.json"
-        ) from None
+    remedy = "put the files of its tokenizer and image processor beside config.json"
+    with reading(folder, remedy, ConfigError):
+        try:
+            return _processor(folder, config)
+        except ImportError as problem:
+            raise ConfigError(f"the processor in {folder} cannot be loaded: {' '.join(str(problem).split())}") from None
+        except (OSError, ValueError) as problem:
+            told = " ".join(str(problem).split())[:400]
+            raise ConfigError(f"{folder} holds no processor that can be loaded ({told}): {remedy}") from None
+
+
+def _processor(folder: Path, config: PreTrainedConfig) -> Any:
+    processor_class = PROCESSOR_MAPPING.get(type(config), None)
+    if processor_class and "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
+        return _without_video(processor_class, folder)
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def require_own_processor(folder: Path, processor: Any, model: Any) -> None:
@@ -62,6 +67,10 @@ def require_own_processor(folder: Path, processor: Any, model: Any) -> None:
         CheckpointError: the tokenizer knows more tokens than the model, or another image token.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
+    if "" in tokenizer.all_special_tokens:
+        raise CheckpointError(
+            f"model {folder}: its tokenizer has an empty special token: put back the model's own files"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     image = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows and number != image}
