@@ -306,10 +306,12 @@ def test_a_cache_that_takes_nothing_is_said_and_missed_by_nobody(
         found = check_reading(checked(home, path), reader, 512, home / "file/cache")
     assert len(found.records) == 5
     monkeypatch.setenv("HYDRA_VLM_CACHE", str(home / "file/cache"))
-    monkeypatch.setattr("hydra_vlm.data.cache._OWN", [])
+    own: list[Any] = []
+    monkeypatch.setattr("hydra_vlm.data.cache._OWN", own)
     with pytest.warns(CacheWarning, match="takes no new files"):
         first = cache_folder()
     assert cache_folder() == first  # said once
+    own[0].cleanup()
 
 
 def test_records_read_by_number_equal_those_read_at_once(home: Path) -> None:

@@ -71,6 +71,12 @@ def require_own_processor(folder: Path, processor: Any, model: Any) -> None:
         raise CheckpointError(
             f"model {folder}: its tokenizer has an empty special token: put back the model's own files"
         )
+    tokens = [getattr(side, "image_tokens", None) for side in (processor, model.config)]
+    if None not in tokens and tokens[0] != tokens[1]:
+        raise CheckpointError(
+            f"model {folder}: its processor writes {tokens[0]} tokens for an image, its configuration says "
+            f"{tokens[1]}: put back the processor that the model was saved with"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     image = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows and number != image}
