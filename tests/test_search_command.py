@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -349,3 +350,35 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     assert states(run) == ["COMPLETE"] * 5
     assert outcome(run) == undisturbed
     assert yaml.safe_load((run / "config.yaml").read_text())["search"]["trials"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_workers_killed_again_and_again_end_as_undisturbed_ones(home: Path, tmp_path: Path, seed: int) -> None:
+    """The command and its workers are killed at once, when the journal has grown by a drawn number of lines."""
+    draw = random.Random(seed)
+
+    def start(run: Path) -> subprocess.Popen[bytes]:
+        words = ("search", str(home / "config.yaml"), "--workers", "2", "--out", str(run))
+        with (tmp_path / "log").open("ab") as log:
+            whole = [sys.executable, "-m", "hydra_vlm.cli", *words]
+            return subprocess.Popen(whole, stdout=log, stderr=log, start_new_session=True)
+
+    def written(run: Path) -> int:
+        path = run / "study.journal"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()
+    run, kills = tmp_path / "run", 0
+    for _ in range(4):
+        process, until = start(run), written(run) + draw.randint(1, 40)
+        while process.poll() is None and written(run) < until:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert start(run).wait() == 0, (tmp_path / "log").read_text()
+    assert kills >= 3
+    assert states(run) == ["COMPLETE"] * 5
+    assert outcome(run) == outcome(tmp_path / "whole")
