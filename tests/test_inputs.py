@@ -124,7 +124,7 @@ def test_a_run_interrupted_by_an_edited_data_file_names_it(
 
     def failing(self: VLMTrainer, *args: object, **kwargs: object) -> object:
         steps.append(1)
-        if len(steps) == 2 + 2 + 1:
+        if len(steps) == 3 + 2 + 1:  # profile, uniform, and one step of coarse
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
