@@ -24,6 +24,7 @@ from hydra_vlm.files import write_json
 from hydra_vlm.inputs import INPUTS, SET_ASIDE, bind, model_inputs, read_inputs, task_inputs
 from hydra_vlm.lora import read_schedule
 from hydra_vlm.run_folder import A_WORKERS_OWN, RunFolder, environment, keep_session, open_run, session_changes
+from hydra_vlm.stored_adapter import RECORD
 from hydra_vlm.training.trainer import VLMTrainer
 from tiny import toy_config, write_toy_data
 
@@ -181,6 +182,7 @@ def test_what_is_changed_while_it_is_used_makes_no_record(
 
 def test_an_evaluation_does_not_mix_answers(home: Path, tmp_path: Path) -> None:
     adapter = home / "run/trials/uniform-seed0/adapter"
+    (adapter / RECORD).unlink()  # which names an edited file by itself
     request = EvaluationRequest(
         str(home / "model"), str(home / "toy/test.json"), (str(adapter),), device="cpu", max_new_tokens=2
     )
