@@ -22,8 +22,8 @@ from hydra_vlm.errors import ConfigError, DataError
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], str]
 
-SECONDS = 5
-"""Of a processor, for all conversations of the trial; templates take milliseconds."""
+SECONDS = 10
+"""Of a processor, for all conversations of the trial; templates take milliseconds, some a second."""
 
 LONGEST_WAIT = 120
 """Seconds by the clock, on a machine that is busy with other things."""
@@ -38,7 +38,7 @@ LONGEST_RENDERING = 60
 """Seconds of one rendering by the clock."""
 
 TURNS = (1, 2, 8)
-TEXTS = ("what is it?", "a long text, which goes on. " * 800)
+TEXTS = ("what is it?", "a long text, which goes on. " * 40)  # some templates walk a text character by character
 
 _tried: set[str] = set()
 
