@@ -58,9 +58,10 @@ def require_files(folder: Path) -> None:
     known = {CONFIG, *PROCESSORS, *SETTINGS, *VOCABULARIES, *PLAIN}
     with os.scandir(folder) as entries:
         for entry in entries:
-            harmless = entry.is_dir() or file_fault(entry.path).endswith("not exist")
-            if not entry.is_file() and (entry.name in known or not harmless):
-                raise FileError(f"{entry.path} {file_fault(entry.path)}")
+            fault = file_fault(entry.path)
+            harmless = fault.endswith(("is a folder, not a file", "not exist"))
+            if fault and (entry.name in known or not harmless):
+                raise FileError(f"{entry.path} {fault}")
 
 
 def require_tokenizer_possible(folder: Path) -> None:
