@@ -128,11 +128,7 @@ def check(kind: str, pristine: Path, scratch: Path, first: int, last: int) -> No
     assert all(TABLE[kind][end] for end in ("refused", "harmless"))  # the damages reach both
 
 
-LONG = ("model", "adapter")  # they load a model for every case
-KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if kind in LONG else []) for kind in SUBJECTS]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUBJECTS)
 def test_damaged_files_end_in_the_right_result_or_in_one_clear_line(kind: str, pristine: Path, tmp_path: Path) -> None:
     check(kind, pristine, tmp_path, 0, CASES[kind])
 

@@ -22,7 +22,7 @@ from hydra_vlm.models.fingerprint import Fingerprint
 from hydra_vlm.models.quantization import NF4, NONE, can_quantize
 from hydra_vlm.models.weights import few, read_file
 from hydra_vlm.models.whole import unsound
-from hydra_vlm.reading import read_object
+from hydra_vlm.reading import open_file, read_object
 
 WRAPPED = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""
@@ -324,5 +324,5 @@ def _is_names(value: Any) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hydra_vlm.errors import CheckpointError, FileError
 from hydra_vlm.files import as_umask_says, write_json
-from hydra_vlm.reading import read_json
+from hydra_vlm.reading import read_json, require_file
 
 _LARGEST_SHARD, _SMALLEST_SHARD = 10**9, 64 * 2**20  # bytes
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
@@ -67,6 +67,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or holds more than tensors.
     """
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
