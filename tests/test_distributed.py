@@ -40,7 +40,7 @@ SECONDS = 900
 STEPS = 6
 PLAIN = ("training.device_batch_size=1",)  # batches of 4: accumulation 4 on one process, 2 on each of two
 STILL = ("training.steps=1", "training.learning_rate=1e-30")  # too little for float32: the weights stay
-BEST = ("training.keep=best", "training.watch_steps=1", "training.patience=1", "training.learning_rate=0.05")
+BEST = ("training.keep=best", "training.watch_steps=1", "training.patience=1", "training.learning_rate=0.2")
 BY_LENGTH = ("training.group_by_length=true",)  # batches of 4 on one process, 2 on each of two
 
 
@@ -208,7 +208,7 @@ def test_the_best_weights_are_those_of_one_process(home: Home, ddp_and_fsdp: tup
     ours, theirs = (torch.tensor(record["validation_losses"]) for record in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
     for key, value in home.weights("best").items():
-        assert float((home.weights(f"best-{form}")[key] - value).abs().mean()) < 1e-2 * 0.05, key
+        assert float((home.weights(f"best-{form}")[key] - value).abs().mean()) < 1e-2 * 0.2, key
 
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])

@@ -525,11 +525,14 @@ FAULTS = (
         as_undisturbed,
     ),
     Fault("pickle in a checkpoint", pickled_checkpoint, ("something else than tensors", "foreign code"), nothing_ran),
-    Fault("pickle as an adapter", pickled_adapter, ("no adapter_model.safetensors",), nothing_ran),
+    Fault("pickle as an adapter", pickled_adapter, ("lacks adapter_model.safetensors",), nothing_ran),
     Fault("config damaged", spoilt("config.yaml", "a: [\n"), ("config.yaml is damaged", "--out"), adapter_is_there),
-    Fault("profile damaged", spoilt_profile, ("profile.json is damaged", "measured again"), adapter_is_there),
+    Fault("profile damaged", spoilt_profile, ("profile.json is not valid JSON", "measured again"), adapter_is_there),
     Fault(
-        "record cut off", spoilt("trials/it-seed0/record.json", '{"na'), ("record.json is damaged",), record_is_remade
+        "record cut off",
+        spoilt("trials/it-seed0/record.json", '{"na'),
+        ("record.json is not valid JSON",),
+        record_is_remade,
     ),
     Fault("record of another kind", spoilt("trials/it-seed0/record.json", "[]"), ("does not hold",), record_is_remade),
     Fault("image lost late", image_lost_late, ("toy-0", "row 0", "can no longer be read"), checkpoint_four),
@@ -569,7 +572,7 @@ FAULTS = (
     Fault(
         "link out of the folder",
         bad_record(lambda r, toy: _link_out(toy / "3.png")),
-        ("toy-3", "lies outside the image folder"),
+        ("bad record", "lies outside the image folder"),
         nothing_trained,
     ),
     Fault("duplicates", repeated_records, ("1 duplicate records", "1 duplicate ids"), listed_and_trained),

@@ -16,7 +16,7 @@ from hydra_vlm.planning.reading import PACKED
 from hydra_vlm.training.packed import EVEN, Packing, Pick, Spread
 from hydra_vlm.training.recipe import adapting
 from hydra_vlm.training.speed import sped_up
-from test_speed import PLAIN, Opened, load_model_again, opened, require_equal, uniform
+from test_speed import PLAIN, Opened, load_model_again, opened, require_equal, uniform, unlabelled
 
 IMAGE = 9
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -133,7 +133,7 @@ def rows_through_the_decoder(source: Opened, batch: dict[str, Tensor], **chosen:
         assert positions is not None
         positions.read(batch)
         hook = keys.register_forward_hook(lambda _, __, output: seen.append(output.shape[:-1].numel()))
-        source.model(**batch, use_cache=False)
+        source.model(**unlabelled(batch), use_cache=False)
         hook.remove()
     return seen[-1]
 
@@ -160,7 +160,7 @@ def test_the_decoders_result_keeps_its_shape(mobilevlm: Opened) -> None:
             assert positions is not None
             positions.read(batch)
             hook = decoder.register_forward_hook(lambda _, __, output: results.append(output.last_hidden_state))
-            mobilevlm.model(**batch, use_cache=False)
+            mobilevlm.model(**unlabelled(batch), use_cache=False)
             hook.remove()
             supervised = positions.rows
     plain, ours = results

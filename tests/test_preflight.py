@@ -146,7 +146,7 @@ FAULTS = {
     "exactly once": json.dumps(record()).replace("<image>", "<image><image>"),
     "names no `image`": json.dumps(record(image=None)),
     "`image` must be one path": json.dumps(record(image=["0.png"])),
-    "names an empty": json.dumps(record(image="")),
+    "which is empty": json.dumps(record(image="")),
     "NUL": json.dumps(record(image="0.png\0")),
     "must be relative": json.dumps(record(image="/etc/passwd")),
     "must be relative to": json.dumps(record(image="C:\\0.png")),
@@ -421,9 +421,12 @@ def test_a_file_is_checked_by_the_command(home: Path, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("command", ["pretrain", "profile", "train", "tune", "search"])
 def test_on_bad_row_reaches_the_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hydra_vlm.config.load_config", lambda path, overrides: pytest.exit(f"{path} {overrides}", 7))
+    monkeypatch.setattr(
+        "hydra_vlm.config.load_config",
+        lambda path, overrides: pytest.exit(f"{path} {[(each.key, each.text) for each in overrides]}", 7),
+    )
     for words in (["--on-bad-row", "skip"], ["mine.yaml", "--on-bad-row=skip", "seeds=[1]"]):
-        with pytest.raises(pytest.exit.Exception, match=r"data\.on_bad_row=skip"):
+        with pytest.raises(pytest.exit.Exception, match=r"'data\.on_bad_row', 'skip'"):
             CliRunner().invoke(app, [command, *words], catch_exceptions=False)
     done = CliRunner().invoke(app, [command, "--on-bad-row", "ignore"])
     assert done.exit_code == 2

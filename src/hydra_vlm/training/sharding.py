@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -142,6 +143,13 @@ def shard_by_decoder_layer(accelerator: Any, model: Any, parts: ModelParts) -> N
     layers = dict(model.named_modules())[_name_within(model, parts.layers)]
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers.children()})
+
+
+def take_apart_again(model: nn.Module) -> None:
+    """Give back what a forward pass has gathered: FSDP keeps the outermost parameters whole until a backward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def untouched(model: nn.Module, parts: ModelParts) -> Tensor | float:

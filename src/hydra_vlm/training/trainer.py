@@ -39,6 +39,7 @@ from hydra_vlm.training.sharding import (
     load_whole_optimizer_state,
     shard_by_decoder_layer,
     shard_on_any_device,
+    take_apart_again,
     trained_state,
     untouched,
     whole_optimizer_state,
@@ -127,6 +128,8 @@ class VLMTrainer(Trainer):
                     self.positions.read({**inputs, "labels": labels})
                 tally.add(token_losses(model(**inputs)["logits"], labels, self.positions), labels, numbers)
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
+        if self.is_fsdp_enabled:
+            take_apart_again(self.model)
         found = tally.total()
         metrics = {f"{metric_key_prefix}_loss": found.loss}
         if found.nonfinite:

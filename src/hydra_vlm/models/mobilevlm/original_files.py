@@ -52,9 +52,12 @@ def read_clip_config(theirs: Mapping[str, Any], vision: Path | None, roots: Sequ
 
 
 def tower_folder(theirs: Mapping[str, Any], roots: Sequence[Path]) -> Path | None:
-    """The folder that `mm_vision_tower` names within one of the roots; one elsewhere is for the user to name."""
+    """The folder that `mm_vision_tower` names within one of the roots or beside it; another is for the user to name."""
     name = theirs.get("mm_vision_tower")
-    places = [root / name for root in roots] if isinstance(name, str) and not path_fault(name) else []
+    inside = name.removeprefix("../") if isinstance(name, str) else ""
+    places = (
+        [root.parent / inside if inside != name else root / inside for root in roots] if not path_fault(inside) else []
+    )
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
