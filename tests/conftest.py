@@ -26,14 +26,20 @@ COMPARISON = re.compile(r"torch\.equal|assert_close|assert_same_sums|allclose|re
 """What compares computed numbers, or files of them."""
 
 
+SLOW = 7200
+"""Seconds after which a slow test counts as hung; others have pyproject.toml's `timeout`."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that compare computed numbers themselves, or by a function of their own file."""
+    """Mark the tests that compare computed numbers, themselves or by a function of their file; give slow ones time."""
     comparing: dict[Path, set[str]] = {}
     for item in items:
         if item.path not in comparing:
             comparing[item.path] = _comparing(item.path.read_text(encoding="utf-8"))
         if getattr(item, "originalname", item.name) in comparing[item.path]:
             item.add_marker("compares")
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(SLOW))
 
 
 def _comparing(text: str) -> set[str]:
