@@ -96,9 +96,9 @@ def tried(kind: str, pristine: Path, scratch: Path, first: int, last: int) -> It
                     break
                 line = process.stdout.readline()
                 if not line:
+                    code = end_of(process)
                     if first < last:
                         assert begun, f"{kind}: nothing could be tried, see {log.name}"
-                        code = process.wait()
                         yield {"number": first, "end": "died", "said": f"exit code {code}", "damage": "", "file": ""}
                         first += 1
                     break
@@ -107,6 +107,15 @@ def tried(kind: str, pristine: Path, scratch: Path, first: int, last: int) -> It
                 if "end" in told:
                     yield told
                     first += 1
+
+
+def end_of(process: "subprocess.Popen[bytes]") -> int:
+    """The exit code of a process that has closed its output; one that does not end is killed."""
+    try:
+        return process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def table() -> str:
@@ -128,6 +137,7 @@ def check(kind: str, pristine: Path, scratch: Path, first: int, last: int) -> No
     assert all(TABLE[kind][end] for end in ("refused", "harmless"))  # the damages reach both
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SUBJECTS)
 def test_damaged_files_end_in_the_right_result_or_in_one_clear_line(kind: str, pristine: Path, tmp_path: Path) -> None:
     check(kind, pristine, tmp_path, 0, CASES[kind])
