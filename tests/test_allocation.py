@@ -23,6 +23,7 @@ from hydra_vlm.allocation import (
     fine,
     linear,
     measured_offsets,
+    proportional,
     random_feasible,
     repair,
     require_stages,
@@ -32,6 +33,7 @@ from hydra_vlm.errors import BudgetError, ConfigError, GraphMismatchError, Stage
 from hydra_vlm.graph import ComputationGraph, Projection, llama_graph, preset
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.schedule import RankSchedule, Stages, parse_stages
+from hydra_vlm.signals import Signal
 
 LLAMA = preset("mobilellama-1.4b")
 CONFIG4 = AllocationRequest(LLAMA, Budget.of_rank(LLAMA, 128), stages=parse_stages("1-8,9-12,13-24", 24))
@@ -200,11 +202,12 @@ def test_a_budget_below_rank_one() -> None:
     assert caught.value.budget == LLAMA.cost
     with pytest.raises(BudgetError, match="below rank 1"):
         Budget.of_rank(LLAMA, 0)
+    measured = replace(CONFIG4, signals=(signal_of(LLAMA, "effective_rank"),), signal="effective_rank")
     for name in ALLOCATORS:
         with pytest.raises(BudgetError) as caught:
-            allocate(name, replace(CONFIG4, budget=Budget(LLAMA.cost - 1, 0)))
+            allocate(name, replace(measured, budget=Budget(LLAMA.cost - 1, 0)))
         assert caught.value.budget is not None
-        allocate(name, replace(CONFIG4, budget=Budget.of_parameters(LLAMA, caught.value.budget)))
+        allocate(name, replace(measured, budget=Budget.of_parameters(LLAMA, caught.value.budget)))
 
 
 def test_bad_requests() -> None:
@@ -229,6 +232,49 @@ def test_bad_requests() -> None:
         allocate("best", CONFIG4)
     with pytest.raises(ConfigError, match="no delta"):
         apply_setting(uniform(CONFIG4), 1)
+
+
+def signal_of(graph: ComputationGraph, kind: str) -> Signal:
+    return Signal(graph, kind, tuple(1.0 + i % 5 for i in range(len(graph.projections))), steps=8)
+
+
+def test_an_allocator_says_which_signal_it_lacks() -> None:
+    bare = AllocationRequest(LLAMA, Budget.of_rank(LLAMA, 8), signals=(signal_of(LLAMA, "sensitivity"),))
+    for name in ("coarse", "fine", "decreasing"):
+        with pytest.raises(ConfigError, match=rf"{name} ranks .* gradient_norm.*given: sensitivity\).*name the stages"):
+            allocate(name, bare)
+    with pytest.raises(ConfigError, match="profile --signal gradient_norm"):
+        allocate("fine", replace(CONFIG4, rule="profile"))
+    for make in (proportional, lambda request: allocate("proportional", request)):
+        with pytest.raises(ConfigError, match=r"follow the signal effective_rank.*--signal effective_rank"):
+            make(replace(bare, signal="effective_rank"))
+    for name in ("uniform", "linear", "exponential", "random"):
+        assert ALLOCATORS[name].needs(bare) is None
+    assert ALLOCATORS["coarse"].needs(CONFIG4) is None, "its stages are named by hand"
+    zeros = Signal(LLAMA, "sensitivity", (0.0,) * len(LLAMA.projections), 1)
+    with pytest.raises(ConfigError, match="0 everywhere"):
+        proportional(replace(bare, signals=(zeros,), signal="sensitivity"))
+    with pytest.raises(GraphMismatchError, match="signal sensitivity was measured on 'other'"):
+        replace(bare, signals=(signal_of(llama_graph("other", 3, 8, 24), "sensitivity"),))
+
+
+def test_ranks_in_proportion_to_a_signal() -> None:
+    graph = llama_graph("even", 4, 64, 64)
+    signal = signal_of(graph, "sensitivity")
+    request = AllocationRequest(graph, Budget.of_rank(graph, 12), signals=(signal,), signal="sensitivity")
+    made = proportional(request)
+    ratios = [rank / value for rank, value in zip(made.ranks, signal.values, strict=True)]
+    unit = graph.parameters(made.ranks) / sum(v * c for v, c in zip(signal.values, graph.costs, strict=True))
+    assert all(abs(ratio - unit) * value <= 1 for ratio, value in zip(ratios, signal.values, strict=True))
+    assert made.unspent < min(graph.costs)
+    steep = replace(signal, values=(1e6, *signal.values[1:]))
+    bounded = proportional(replace(request, signals=(steep,)))
+    assert bounded.ranks[0] == 64, "a full rank, and the others share the rest"
+    assert bounded.ranks[4] > 3 * bounded.ranks[5]
+    of_norms = proportional(
+        replace(request, profile=profile_of(graph, TABLE_I, [1.0, 2, 3, 4]), signal="gradient_norm")
+    )
+    assert of_norms.rank(3, "up_proj") > of_norms.rank(0, "q_proj")
 
 
 # Rivals
@@ -384,6 +430,9 @@ def test_every_schedule_keeps_its_promises(name: str, request: AllocationRequest
     except StageError as error:
         check_possible(request, error)
         return
+    except ConfigError:
+        check_unmeasured(name, request)
+        return
     assert min(schedule.ranks) >= 1
     assert schedule.graph.parameters(schedule.ranks) <= schedule.budget == request.budget.parameters
     assert RankSchedule.from_json(schedule.to_json()) == schedule
@@ -393,7 +442,7 @@ def test_every_schedule_keeps_its_promises(name: str, request: AllocationRequest
         check_stages_ascend(schedule)
     if name == "coarse":
         stage_ranks(schedule)
-    if name in ("linear", "exponential", "decreasing", "random") or schedule.name == "fine-profile":
+    if name in ("linear", "exponential", "decreasing", "random", "proportional") or schedule.name == "fine-profile":
         check_full(schedule)
 
 
@@ -410,6 +459,14 @@ def test_what_an_error_names_as_nearest_works(name: str, request: AllocationRequ
         check_nearest(name, request, error)
     except StageError as error:
         check_stages_work(name, request, error)
+    except ConfigError:
+        check_unmeasured(name, request)
+
+
+def check_unmeasured(name: str, request: AllocationRequest) -> None:
+    """Without norms, or where they are all zero, there is nothing to be in proportion to."""
+    assert name == "proportional"
+    assert request.profile is None or not any(request.profile.norms)
 
 
 def check_stages_work(name: str, request: AllocationRequest, error: StageError) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "hydra_vlm"
-PURE = ("graph", "schedule", "profile", "allocation", "spending", "errors")
+PURE = ("graph", "schedule", "signals", "profile", "allocation", "spending", "errors")
 
 # room -> the rooms that it may import; a folder counts as one room.
 MAY_IMPORT = {
@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "names": ("errors",),
     "graph": ("errors",),
     "schedule": ("errors", "graph"),
-    "profile": ("errors", "graph", "schedule"),
+    "signals": ("errors", "graph"),
+    "profile": ("errors", "graph", "schedule", "signals"),
     "spending": ("errors", "graph", "schedule"),
-    "allocation": ("errors", "graph", "schedule", "profile", "spending"),
+    "allocation": ("errors", "graph", "schedule", "profile", "signals", "spending"),
     "search": (
         "allocation",
         "errors",
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     ),
     "ranges": (),
     "synonyms": (),
-    "config": ("errors", "names", "ranges", "reading", "strict", "synonyms"),
+    "config": ("errors", "names", "ranges", "reading", "signals", "strict", "synonyms"),
     "models": ("errors", "faults", "files", "graph", "names", "reading"),
     "performance_model": ("errors", "graph", "profile", "schedule"),
     "resizing": (),
@@ -144,6 +145,7 @@ MAY_IMPORT = {
         "schedule",
         "search",
         "search_request",
+        "signals",
         "stored_adapter",
     ),
     "evaluation": (

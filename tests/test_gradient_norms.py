@@ -16,8 +16,8 @@ from hydra_vlm.data.records import read_records
 from hydra_vlm.errors import TrainingError
 from hydra_vlm.graph import ComputationGraph, Projection
 from hydra_vlm.models.loading import load_model
-from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.recipe import InstructionData, finetune, prepare
+from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
 from tiny import toy_config
 
 STEPS, BATCH = 3, 4

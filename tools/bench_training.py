@@ -357,8 +357,8 @@ class ProjectPath:
 
     def run(self, scratch: Path) -> tuple[Any, list[float]]:
         from hydra_vlm.allocation import AllocationRequest, Budget, allocate
-        from hydra_vlm.training.gradient_norms import GradientNormCallback
         from hydra_vlm.training.recipe import adapting, finetune
+        from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
 
         graph = self.loaded.parts.graph
         budget = Budget.of_rank(graph, self.size.rank)

@@ -9,10 +9,10 @@ What holds across stages, S_1 being the lowest in gradient norm, with Δd the `d
 - fine, both rules, also after giving back and filling: for each component, its every rank in a stage is at
   least Δd above its every rank in the stage before (the last one before that has the component). Where layers
   have the same components, the mean rank of the stages ascends by at least Δd too.
-- uniform, linear, exponential, decreasing, random: nothing; their `delta` is None.
+- uniform, linear, exponential, decreasing, random, proportional: nothing; their `delta` is None.
 
-What is left unspent: linear, exponential, decreasing and random leave less than the cheapest increment of one
-rank, fine by the profile rule less than the cheapest that Δd allows. Uniform, coarse and fine by the paper's
+What is left unspent: linear, exponential, decreasing, random and proportional leave less than the cheapest increment of
+one rank, fine by the profile rule less than the cheapest that Δd allows. Uniform, coarse and fine by the paper's
 rule leave what their formulas leave.
 
 Symbols of the paper: G graph, Z schedule, g(G, Z) its parameters, C budget, R_standard the rank of uniform
@@ -32,7 +32,8 @@ from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile, require_same_graph, stages_of
 from hydra_vlm.schedule import REFERENCE_SCALING, RankSchedule, Scaling, Stages, check_stages
-from hydra_vlm.spending import Ascent, Worth, fill, repair
+from hydra_vlm.signals import GRADIENT_NORM, Signal
+from hydra_vlm.spending import Ascent, Worth, fill, in_proportion, repair
 
 FineRule = Literal["paper", "profile"]
 
@@ -122,7 +123,8 @@ class AllocationRequest:
 
     Stages are `stages`, or made from `profile` into `n_stages`. `delta` is Δd, `step` that of R_1 (None: Δd,
     which gives the paper's Config4; the text of Section III.B says 1). `setting` is one of Table VI, `rule`
-    says whether fine offsets are the paper's or follow `profile`, `seed` is for the random schedule.
+    says whether fine offsets are the paper's or follow `profile`, `seed` is for the random schedule. `signals` are what
+    was measured beside the profile, `signal` the kind of these (or of the profile) that ranks in proportion follow.
 
     Whether the budget is enough is the allocator's to say. Raises ConfigError, StageError or GraphMismatchError
     (foreign profile).
@@ -139,6 +141,8 @@ class AllocationRequest:
     rule: FineRule = "paper"
     seed: int = 0
     scaling: Scaling = REFERENCE_SCALING
+    signals: tuple[Signal, ...] = ()
+    signal: str = GRADIENT_NORM
 
     def __post_init__(self) -> None:
         for what, value in (("delta", self.delta), ("step", self.step)):
@@ -148,8 +152,9 @@ class AllocationRequest:
             raise ConfigError(f"setting {self.setting} is not in Table VI: use one of 1-{max(TABLE_VI)}.")
         if self.rule not in get_args(FineRule):
             raise ConfigError(f"rule {self.rule!r} is unknown: use one of {', '.join(get_args(FineRule))}.")
-        if self.profile is not None:
-            require_same_graph(self.profile, self.graph)
+        for measured in (self.profile, *self.signals):
+            if measured is not None:
+                require_same_graph(measured, self.graph)
         if self.stages is not None:
             check_stages(self.stages, self.graph.n_layers)
 
@@ -168,6 +173,11 @@ class AllocationRequest:
             nearest="Name the stages, such as 1-8,9-12,13-24, or give a profile and n_stages.",
         )
 
+    def measured(self, kind: str) -> Signal | None:
+        """The signal of this kind; None where it was not measured."""
+        of_profile = [self.profile.signal()] if self.profile is not None else []
+        return next((signal for signal in (*of_profile, *self.signals) if signal.kind == kind), None)
+
     def schedule(self, name: str, ranks: Sequence[int], delta: int | None = None) -> RankSchedule:
         """These ranks as a schedule, checked against the budget; `delta` when they came from the stages."""
         stages = None if delta is None else self.partition
@@ -176,7 +186,15 @@ class AllocationRequest:
         return made
 
 
-Allocator = Callable[[AllocationRequest], RankSchedule]
+@dataclass(frozen=True)
+class Allocator:
+    """A way from a request to a schedule, and the kind of signal that it needs for a request, if any."""
+
+    make: Callable[[AllocationRequest], RankSchedule]
+    needs: Callable[[AllocationRequest], str | None] = lambda request: None
+
+    def __call__(self, request: AllocationRequest) -> RankSchedule:
+        return self.make(request)
 
 
 # HyDRA
@@ -487,19 +505,66 @@ def _near(request: AllocationRequest, targets: Sequence[float]) -> tuple[int, ..
     return fill(repair(ranks, graph, parameters, shortfall), graph, parameters, shortfall)
 
 
+def proportional(request: AllocationRequest) -> RankSchedule:
+    """Ranks in proportion to the signal of kind `request.signal`, that spend the budget.
+
+    None is below 1 or above the projection's full rank. Raises ConfigError for a signal that is missing or zero
+    everywhere.
+    """
+    signal = request.measured(request.signal)
+    if signal is None:
+        raise _unmeasured("proportional", request.signal, request)
+    if not any(signal.values):
+        raise ConfigError(f"signal {signal.kind} is 0 everywhere, so nothing is in proportion to it: measure it anew.")
+    _require_rank_one(request)
+    return request.schedule(
+        "proportional", _near(request, in_proportion(signal.values, request.graph, request.budget.parameters))
+    )
+
+
+def _unmeasured(name: str, kind: str, request: AllocationRequest) -> ConfigError:
+    given = ", ".join(signal.kind for signal in request.signals) or "none"
+    otherwise = "name the stages, such as 1-8,9-12,13-24" if name in STAGED else "take an allocator such as uniform"
+    return ConfigError(
+        f"{name} ranks follow the signal {kind}, which is not given (signals given: {given}): measure it with "
+        f"`hydra-vlm profile --signal {kind}` and give it, or {otherwise}."
+    )
+
+
+def _norms_for_stages(request: AllocationRequest) -> str | None:
+    return GRADIENT_NORM if request.stages is None else None
+
+
+def _norms_for_fine(request: AllocationRequest) -> str | None:
+    return GRADIENT_NORM if request.rule == "profile" else _norms_for_stages(request)
+
+
 ALLOCATORS: Mapping[str, Allocator] = {
-    "uniform": uniform,
-    "coarse": coarse,
-    "fine": fine,
-    "linear": linear,
-    "exponential": exponential,
-    "decreasing": decreasing,
-    "random": random_feasible,
+    "uniform": Allocator(uniform),
+    "coarse": Allocator(coarse, _norms_for_stages),
+    "fine": Allocator(fine, _norms_for_fine),
+    "proportional": Allocator(proportional, lambda request: request.signal),
+    "linear": Allocator(linear),
+    "exponential": Allocator(exponential),
+    "decreasing": Allocator(decreasing, _norms_for_stages),
+    "random": Allocator(random_feasible),
 }
+
+STAGED = frozenset({"coarse", "fine", "decreasing"})
+"""Allocators whose ranks go from stage to stage."""
 
 
 def allocate(name: str, request: AllocationRequest) -> RankSchedule:
-    """The schedule of the allocator of this name; raises ConfigError for another name."""
+    """The schedule of the allocator of this name; raises ConfigError for another name, or a signal that is missing."""
+    allocator = allocator_of(name)
+    kind = allocator.needs(request)
+    if kind is not None and request.measured(kind) is None:
+        raise _unmeasured(name, kind, request)
+    return allocator(request)
+
+
+def allocator_of(name: str) -> Allocator:
+    """The allocator of this name; raises ConfigError for another name."""
     if name not in ALLOCATORS:
         raise ConfigError(f"no allocator is called {name!r}: use one of {', '.join(ALLOCATORS)}.")
-    return ALLOCATORS[name](request)
+    return ALLOCATORS[name]

@@ -105,7 +105,10 @@ def schedule(
         str | None,
         typer.Option(help="Layers by stage, lowest norm first: 1-8,9-12,13-24 ('+' joins ranges)."),
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="A measured profile.json, in place of --stages.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="A measured profile.json in place of --stages, or signals/KIND.json for proportional ranks."),
+    ] = None,
     n_stages: Annotated[
         int, typer.Option(min=1, max=LARGEST, help="Stages to partition the profile's layers into.")
     ] = 3,
@@ -114,7 +117,8 @@ def schedule(
         int | None, typer.Option(min=1, max=LARGEST, help="Step of R_1 (default Δd; the paper's text says 1).")
     ] = None,
     grain: Annotated[
-        str, typer.Option(help="coarse, fine, or a rival: uniform, linear, exponential, decreasing, random.")
+        str,
+        typer.Option(help="coarse, fine, proportional, or by hand: uniform, linear, exponential, decreasing, random."),
     ] = "coarse",
     setting: Annotated[int, typer.Option(min=1, max=5, help="Setting of Table VI for fine ranks.")] = 1,
     rule: Annotated[

@@ -39,6 +39,7 @@ from hydra_vlm.ranges import (
     Workers,
 )
 from hydra_vlm.reading import read_yaml
+from hydra_vlm.signals import GRADIENT_NORM, require_kind
 from hydra_vlm.strict import dump_yaml, parse_yaml
 from hydra_vlm.synonyms import OTHERWISE, SYNONYMS, bare
 
@@ -66,6 +67,16 @@ def _tests_apart(tests: dict[str, Path]) -> dict[str, Path]:
         raise ValueError(str(problem)) from None
     return tests
 
+
+def _kind(value: str) -> str:
+    try:
+        return require_kind(value)
+    except ConfigError as problem:
+        raise ValueError(str(problem)) from None
+
+
+Kind = Annotated[Text, AfterValidator(_kind)]
+"""Of signal: the name of a file in `training/signals/`."""
 
 BEST = "best"
 """Of `training.keep`."""
@@ -120,7 +131,13 @@ class BudgetConfig(_Section):
 
 
 class ProfileConfig(_Section):
-    """The short LoRA run that measures gradient norms."""
+    """The short LoRA run that measures gradient norms, or another signal."""
+
+    signal: Kind = Field(
+        GRADIENT_NORM,
+        description="what `hydra-vlm profile` measures: gradient_norm (the paper's, of which stages are made), "
+        "sensitivity, activation_spectrum, effective_rank",
+    )
 
     steps: Count = Field(40, gt=1)
     skip: Count = Field(
@@ -147,6 +164,9 @@ class AllocationConfig(_Section):
     step: Count | None = Field(None, description="step of R_1 (default Δd)")
     setting: Count = Field(1, le=5, description="Table VI's setting for fine ranks, rule `paper`")
     rule: Literal["paper", "profile"] = "paper"
+    signal: Kind = Field(
+        GRADIENT_NORM, description="what the ranks of the schedule `proportional` are in proportion to"
+    )
     seed: Seed = 0
 
 

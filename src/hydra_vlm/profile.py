@@ -14,6 +14,7 @@ from typing import Any
 from hydra_vlm.errors import ConfigError, GraphMismatchError, StageError
 from hydra_vlm.graph import ComputationGraph, finite, whole
 from hydra_vlm.schedule import Stages
+from hydra_vlm.signals import GRADIENT_NORM, Signal
 
 TensorValues = tuple[tuple[float, float], ...]
 """A value for A and one for B, for each projection of a graph, in its order."""
@@ -59,6 +60,11 @@ class GradientNormProfile:
     def norms(self) -> tuple[float, ...]:
         """One value for each projection: the mean of A's and B's norm."""
         return tuple(fmean(pair) for pair in self.mean)
+
+    def signal(self) -> Signal:
+        """The norms as a signal, for whatever follows any kind."""
+        about = "Mean L2 norm of the gradients of LoRA's A and B."
+        return Signal(self.graph, GRADIENT_NORM, self.norms, self.steps, about)
 
     def layer_norms(self) -> tuple[float, ...]:
         """The layer curve (Fig. 3): for each layer, the mean over its tensors."""
@@ -137,16 +143,17 @@ def _flatten(graph: ComputationGraph, layers: Sequence[Mapping[str, Sequence[flo
     return tuple((finite(pair[0]), finite(pair[1])) for pair in pairs)
 
 
-def require_same_graph(profile: GradientNormProfile, graph: ComputationGraph) -> None:
-    """Raises GraphMismatchError, naming the first difference, when the profile was measured on another graph.
+def require_same_graph(measured: GradientNormProfile | Signal, graph: ComputationGraph) -> None:
+    """Raises GraphMismatchError, naming the first difference, when it was measured on another graph.
 
     The name of the graph does not count, only layers, components and shapes do.
     """
-    difference = profile.graph.difference(graph)
+    difference = measured.graph.difference(graph)
     if difference is not None:
+        what = f"signal {measured.kind}" if isinstance(measured, Signal) else "profile"
         raise GraphMismatchError(
-            f"the profile was measured on {profile.graph.name!r}, which is not {graph.name!r}: it has {difference}. "
-            "Profile this model, or name the one that the profile belongs to."
+            f"the {what} was measured on {measured.graph.name!r}, which is not {graph.name!r}: it has {difference}. "
+            "Profile this model, or name the one that it belongs to."
         )
 
 

@@ -12,6 +12,9 @@ from hydra_vlm.errors import BudgetError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.schedule import Stages
 
+NEXT_TO_NOTHING = 1e-9
+"""A weight below this share of the largest counts as this share."""
+
 Worth = Callable[[int, int], float]
 """worth(position, r): what the r-th unit of rank is worth at a projection; must not rise with r."""
 
@@ -119,3 +122,22 @@ def fill(
         for j in again:
             heappush(heap, (-worth(j, result[j] + 1), -result[j], j))
     return tuple(result)
+
+
+def in_proportion(weights: Sequence[float], graph: ComputationGraph, budget: int) -> list[float]:
+    """Real-valued ranks in proportion to the weights that spend the budget, each at least 1 and at most a full rank.
+
+    Where a bound holds one back, the others share what it leaves (or takes), still in proportion to each other.
+    """
+    most = [min(p.in_features, p.out_features) for p in graph.projections]
+    shares = [max(weight / max(weights), NEXT_TO_NOTHING) for weight in weights]
+
+    def ranks(factor: float) -> list[float]:
+        return [min(max(1.0, factor * share), full) for share, full in zip(shares, most, strict=True)]
+
+    low, high = 0.0, max(most) / NEXT_TO_NOTHING
+    for _ in range(100):  # each halves what lies between them
+        middle = (low + high) / 2
+        cost = sum(rank * each for rank, each in zip(ranks(middle), graph.costs, strict=True))
+        low, high = (middle, high) if cost <= budget else (low, middle)
+    return ranks(low)

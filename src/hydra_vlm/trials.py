@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.allocation import ALLOCATORS, AllocationRequest, Budget, allocate, require_held
+from hydra_vlm.allocation import ALLOCATORS, STAGED, AllocationRequest, Budget, allocate, require_held
 from hydra_vlm.benchmarks.generation import Answering
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import finish, write_examples
@@ -48,7 +48,6 @@ from hydra_vlm.schedule import RankSchedule, Scaling
 from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_same_start
 from hydra_vlm.training.best import require_validation
 from hydra_vlm.training.frugality import require_frugality
-from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.progress import Watch
 from hydra_vlm.training.recipe import (
     FULL,
@@ -63,13 +62,12 @@ from hydra_vlm.training.recipe import (
     trains_projector,
 )
 from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, require_gradients, training_device
+from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
 from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
 SPENT = "spent.json"
 DAMAGED_SCHEDULE = "remove the folder of this trial, which is then trained anew"
-STAGED = {"coarse", "fine", "decreasing"}
-"""Allocators whose ranks ascend from stage to stage."""
 DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint"
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from hydra_vlm.allocation import AllocationRequest, allocate, require_held, require_stages
+from hydra_vlm.allocation import STAGED, AllocationRequest, allocate, require_held, require_stages
 from hydra_vlm.config import Config
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
@@ -24,7 +24,6 @@ from hydra_vlm.starting import OWN, own_schedule
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
 from hydra_vlm.trials import (
-    STAGED,
     ZERO_SHOT,
     Say,
     Study,

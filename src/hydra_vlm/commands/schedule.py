@@ -9,6 +9,7 @@ from hydra_vlm.graph import PRESETS, ComputationGraph, preset
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.reading import read_json
 from hydra_vlm.schedule import RankSchedule, parse_stages
+from hydra_vlm.signals import GRADIENT_NORM, Signal
 
 
 def make_schedule(
@@ -29,32 +30,37 @@ def make_schedule(
     target = _graph(graph, measured)
     if measured is not None:
         require_same_graph(measured, target)
-    if stages is not None and measured is not None and wishes["rule"] != "profile":
+    profiled = measured if isinstance(measured, GradientNormProfile) else None
+    if stages is not None and profiled is not None and wishes["rule"] != "profile":
         raise ConfigError(
             "--stages and --profile both say what the stages are: give one (both only with --rule profile)"
         )
     request = AllocationRequest(
         graph=target,
         budget=_budget(target, rank, budget_parameters),
-        profile=measured,
+        profile=profiled,
+        signals=(measured,) if isinstance(measured, Signal) else (),
+        signal=measured.kind if isinstance(measured, Signal) else GRADIENT_NORM,
         stages=parse_stages(stages, target.n_layers) if stages else None,
         **wishes,
     )
     return allocate(allocator, request)
 
 
-def _profile(path: Path | None) -> GradientNormProfile | None:
+def _profile(path: Path | None) -> GradientNormProfile | Signal | None:
     if path is None:
         return None
     try:
-        return GradientNormProfile.from_json(read_json(path))
+        data = read_json(path)
+        is_signal = isinstance(data, dict) and "kind" in data
+        return Signal.from_json(data) if is_signal else GradientNormProfile.from_json(data)
     except FileNotFoundError:
         raise ConfigError(f"profile {path} does not exist: measure one with `hydra-vlm profile`") from None
     except ValueError as problem:
         raise ConfigError(f"{path} is not a profile ({problem}): measure one with `hydra-vlm profile`") from None
 
 
-def _graph(name: str | None, profile: GradientNormProfile | None) -> ComputationGraph:
+def _graph(name: str | None, profile: GradientNormProfile | Signal | None) -> ComputationGraph:
     if name is None:
         if profile is None:
             raise ConfigError(f"which model? give --graph ({', '.join(PRESETS)}, or a graph.json) or --profile")

@@ -29,7 +29,6 @@ from hydra_vlm.files import as_umask_says
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.training.checkpoints import UNLOGGED, validation_losses, write_whole
 from hydra_vlm.training.even_batches import EvenBatches
-from hydra_vlm.training.gradient_norms import GradientNormCallback
 from hydra_vlm.training.loss import Tally, draws_kept, mean_over_batch, token_losses
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import NUMBERS
@@ -44,6 +43,7 @@ from hydra_vlm.training.sharding import (
     untouched,
     whole_optimizer_state,
 )
+from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
 from hydra_vlm.training.supervised import SupervisedPositions
 
 PROJECTOR_FILE = "projector.safetensors"
