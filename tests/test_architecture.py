@@ -83,7 +83,7 @@ MAY_IMPORT = {
         "search",
         "streams",
     ),
-    "run_folder": ("config", "errors", "files", "names", "ownership", "processes", "reading"),
+    "run_folder": ("config", "errors", "files", "names", "ownership", "processes", "reading", "signals"),
     "training": (
         "config",
         "data",
@@ -97,7 +97,9 @@ MAY_IMPORT = {
         "processes",
         "profile",
         "reading",
+        "resizing",
         "schedule",
+        "signals",
         "starting",
         "streams",
         "verification",
@@ -166,6 +168,7 @@ MAY_IMPORT = {
     "findings": ("config", "errors", "files", "reading", "records", "report", "search"),
     "search_request": ("config", "errors", "files", "performance_model", "reading", "search"),
     "trials": None,  # the top of the library
+    "measuring": None,
     "tune": None,
     "dynamic": None,
     "pretrain": None,

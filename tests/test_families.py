@@ -23,6 +23,7 @@ from hydra_vlm.data.features import load_image
 from hydra_vlm.data.records import write_records
 from hydra_vlm.data.templates import IGNORED
 from hydra_vlm.lora import PROJECTOR, SCHEDULE, merge, read_schedule
+from hydra_vlm.measuring import measure
 from hydra_vlm.models.loading import LoadedModel, load_model
 from hydra_vlm.training.recipe import Finetuned, finetune, prepare
 from tolerances import ROWS, assert_same_sums
@@ -113,7 +114,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ],
     )
     study = trials.prepare_study(config, home / "run", quiet)
-    schedule = job.allocate_all(study, trials.measure_profile(study, quiet))["coarse"]
+    schedule = job.allocate_all(study, measure(study, ["gradient_norm"], quiet))["coarse"]
     loaded = study.fresh_model()
     model = prepare(loaded, schedule, config.training, seed=0)
     done = finetune(model, loaded, study.data, config.training, 0, home / "checkpoints")
@@ -137,7 +138,7 @@ def test_the_graph_is_the_decoders(trained: Trained) -> None:
 
 def test_the_tower_is_untouched(trained: Trained) -> None:
     parts = trained.loaded.parts
-    schedule = job.allocate_all(trained.study, trials.measure_profile(trained.study, quiet))["coarse"]
+    schedule = job.allocate_all(trained.study, measure(trained.study, ["gradient_norm"], quiet))["coarse"]
     loaded = trained.fresh()
     model = prepare(loaded, schedule, trained.study.config.training, seed=0)
     model(**trained.batch()).loss.backward()
@@ -299,7 +300,7 @@ def test_chat_answers_with_the_adapter(trained: Trained) -> None:
 def test_a_bfloat16_model_trains_its_projector_in_float32(trained: Trained) -> None:
     loaded = trained.fresh()
     loaded.model.to(torch.bfloat16)
-    schedule = job.allocate_all(trained.study, trials.measure_profile(trained.study, quiet))["coarse"]
+    schedule = job.allocate_all(trained.study, measure(trained.study, ["gradient_norm"], quiet))["coarse"]
     model = prepare(loaded, schedule, trained.study.config.training, seed=0)
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in trained.batch().items()}
     model(**batch).loss.backward()

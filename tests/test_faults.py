@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hydra_vlm import evaluation, files, trials
+from hydra_vlm import evaluation, files, measuring, trials
 from hydra_vlm.config import load_config
 from hydra_vlm.interruption import Interrupted, ending_in_order
 from hydra_vlm.training import checkpoints, trackers, trainer
@@ -386,7 +386,7 @@ def spoilt(name: str, text: str) -> Strike:
 def spoilt_profile(place: Place) -> str:
     (from_ended(place) / "profile.json").write_text('{"graph": ')
     study = trials.prepare_study(load_config(place.run / "config.yaml"), place.run, quiet)
-    return told(lambda: trials.measure_profile(study, quiet))
+    return told(lambda: measuring.measure_profile(study, quiet))
 
 
 def adapter_is_there(place: Place) -> None:

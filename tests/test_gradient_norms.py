@@ -17,7 +17,8 @@ from hydra_vlm.errors import TrainingError
 from hydra_vlm.graph import ComputationGraph, Projection
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.training.recipe import InstructionData, finetune, prepare
-from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
+from hydra_vlm.training.recording import Recording
+from hydra_vlm.training.signals.gradient_norm import Recorder
 from tiny import toy_config
 
 STEPS, BATCH = 3, 4
@@ -43,10 +44,11 @@ def test_norms_equal_a_plain_recomputation(
     graph = loaded.parts.graph
     schedule = allocate("uniform", AllocationRequest(graph, Budget.of_rank(graph, 4)))
     model = prepare(loaded, schedule, config.training, seed=3)
-    callback = GradientNormCallback(model, loaded.parts)
+    recorder = Recorder(model, loaded.parts)
     steps = _Steps(model)
-    finetune(model, loaded, InstructionData(data, None, seen), config.training, 3, tmp_path / "run", [callback, steps])
-    assert len(callback.norms) == STEPS
+    callbacks = [Recording([recorder]), steps]
+    finetune(model, loaded, InstructionData(data, None, seen), config.training, 3, tmp_path / "run", callbacks)
+    assert len(recorder.norms) == STEPS
     assert len(seen.batches) >= STEPS * accumulation  # the loader looks one batch ahead
 
     # The same batches again, without the Trainer: the sum over micro-batches of the token-summed loss, divided by
@@ -70,26 +72,26 @@ def test_norms_equal_a_plain_recomputation(
                 for name in loaded.parts.names()
             ]
         )
-        torch.testing.assert_close(callback.norms[step], expected, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(recorder.norms[step], expected, rtol=1e-6, atol=1e-9)
     assert steps_without_a(config.training.warmup_ratio) == 2
     said: list[str] = []
-    profile = callback.profile(skip=1, say=said.append)
+    profile = recorder.profile(skip=1, say=said.append)
     assert (profile.steps, profile.skipped) == (STEPS - 2, 2)  # the warm-up's first rate is 0: B is zero at step 2, too
     assert said == ["profile: 1 more steps left out, in which B was still zero and A had no gradient"]
-    kept = torch.stack(callback.norms[2:]).double()
+    kept = torch.stack(recorder.norms[2:]).double()
     torch.testing.assert_close(torch.tensor(profile.mean).double(), kept.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.tensor(profile.spread).double(), kept.std(0, correction=0), rtol=1e-5, atol=1e-9)
-    assert [float(norms[:, 0].max()) > 0 for norms in callback.norms] == [False, False, True]
-    assert all(float(norms[:, 1].min()) > 0 for norms in callback.norms)
+    assert [float(norms[:, 0].max()) > 0 for norms in recorder.norms] == [False, False, True]
+    assert all(float(norms[:, 1].min()) > 0 for norms in recorder.norms)
 
 
-def recorded(*steps: list[list[float]]) -> GradientNormCallback:
-    """A callback with these norms, (A, B) by projection, of a graph of as many projections."""
-    callback = GradientNormCallback.__new__(GradientNormCallback)
+def recorded(*steps: list[list[float]]) -> Recorder:
+    """A recorder with these norms, (A, B) by projection, of a graph of as many projections."""
+    recorder = Recorder.__new__(Recorder)
     graph = ComputationGraph("g", tuple(Projection(i, "q_proj", 4, 4) for i in range(len(steps[0]))))
-    callback.parts = SimpleNamespace(graph=graph)  # type: ignore[assignment]
-    callback.norms = [torch.tensor(step) for step in steps]
-    return callback
+    recorder.parts = SimpleNamespace(graph=graph)  # type: ignore[assignment]
+    recorder.norms = [torch.tensor(step) for step in steps]
+    return recorder
 
 
 def test_zeros_are_not_averaged_silently() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hydra_vlm import trials
+from hydra_vlm import measuring, trials
 from hydra_vlm import tune as job
 from hydra_vlm.errors import BudgetError, ConfigError, DataError, GraphMismatchError, RunFolderError, StageError
 from hydra_vlm.files import read_json, write_json
@@ -170,7 +170,7 @@ def test_a_profile_of_another_model_is_refused(finished: Path, toy_data: Path, t
     study = trials.prepare_study(config, tmp_path / "run", quiet)
     write_json(study.folder.profile, read_json(finished / "run/profile.json"))
     with pytest.raises(GraphMismatchError):
-        trials.measure_profile(study, quiet)
+        measuring.measure_profile(study, quiet)
 
 
 def test_schedules_come_from_files_too(finished: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -358,7 +358,8 @@ class ProjectPath:
     def run(self, scratch: Path) -> tuple[Any, list[float]]:
         from hydra_vlm.allocation import AllocationRequest, Budget, allocate
         from hydra_vlm.training.recipe import adapting, finetune
-        from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
+        from hydra_vlm.training.recording import Recording
+        from hydra_vlm.training.signals.gradient_norm import Recorder
 
         graph = self.loaded.parts.graph
         budget = Budget.of_rank(graph, self.size.rank)
@@ -369,7 +370,7 @@ class ProjectPath:
                 same_first_adapter(model)
             callbacks = [clock]
             if self.contender.profiled:
-                clock.recorder = GradientNormCallback(model, self.loaded.parts)
+                clock.recorder = Recording([Recorder(model, self.loaded.parts)])
                 timed(clock.recorder)
                 callbacks.append(clock.recorder)
             done = finetune(model, self.loaded, self.data, self.settings, 42, scratch, callbacks)
@@ -414,7 +415,7 @@ def same_first_adapter(model: Any) -> None:
 
 
 def timed(callback: Any) -> None:
-    """Have a gradient-norm callback add up the seconds of its recording."""
+    """Have a recording callback add up the seconds of its recording."""
     record, callback.seconds = callback.record, 0.0
 
     def recording() -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from hydra_vlm.config import Config, load_config
 from hydra_vlm.files import write_json
+from hydra_vlm.measuring import measure_profile
 from hydra_vlm.rankbench.entry import Entry
 from hydra_vlm.rankbench.plan import plan, runs
-from hydra_vlm.trials import Study, measure_profile, prepare_study, run_trial
+from hydra_vlm.trials import Study, prepare_study, run_trial
 from hydra_vlm.tune import tune
 
 TEACHING = ("data.train=worlds", "schedules=[full]", "training.steps=450", "evaluation.zero_shot=false")

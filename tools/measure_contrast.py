@@ -19,13 +19,14 @@ from build_rankbench import TRIAL
 from hydra_vlm.allocation import AllocationRequest, allocate
 from hydra_vlm.config import load_config
 from hydra_vlm.files import read_json
+from hydra_vlm.measuring import measure_profile
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.report.statistics import paired_seed_interval
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.search.proposals import repair
 from hydra_vlm.search.space import Space
-from hydra_vlm.trials import Study, measure_profile, prepare_study, resolve_budget, run_trial
+from hydra_vlm.trials import Study, prepare_study, resolve_budget, run_trial
 
 RULES = ("constant", "rslora")
 DELTAS = (1, 2, 4, 6)

@@ -16,9 +16,10 @@ from pathlib import Path
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
 from hydra_vlm.config import load_config, split_overrides
 from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.measuring import measure_profile
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
-from hydra_vlm.trials import Study, measure_profile, prepare_study, run_trial
+from hydra_vlm.trials import Study, prepare_study, run_trial
 
 SEEDS = (0, 1, 2)
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -209,17 +209,24 @@ def pretrain(
 def profile(
     context: typer.Context,
     config: ConfigArgument = None,
+    signal: Annotated[
+        str | None,
+        typer.Option(
+            help="gradient_norm (default), sensitivity, activation_spectrum, effective_rank: the key profile.signal.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/profile"),
     on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure gradient norms in a short LoRA run."""
-    settings = _config(config, context.args, on_bad_row)
+    """Measure gradient norms, or another signal, in a short LoRA run."""
+    settings = _config(config, context.args, on_bad_row, {"profile.signal": ("--signal", signal)})
     from hydra_vlm.tune import profile as run
 
     measured = run(settings, out, _say)
     show(json.dumps(measured.to_json()) if as_json else measured.table())
-    _say(f"profile: {RunFolder(out).profile}")
+    _say(f"profile: {RunFolder(out).signal(settings.profile.signal)}")
 
 
 @app.command(context_settings=_OVERRIDABLE)

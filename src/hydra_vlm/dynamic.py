@@ -19,6 +19,7 @@ from hydra_vlm.errors import ConfigError, StageError
 from hydra_vlm.findings import Best, best_of
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.liveness import Watch, claimed, waiting_for
+from hydra_vlm.measuring import measure_profile
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.run_folder import RunFolder
 from hydra_vlm.search.objective import Objective
@@ -42,7 +43,6 @@ from hydra_vlm.search_request import check_search, without_password
 from hydra_vlm.trials import (
     Say,
     Study,
-    measure_profile,
     prepare_study,
     resolve_budget,
     run_trial,

@@ -1,6 +1,6 @@
 """A run's folder, which tells its own story and from which the run goes on. No torch.
 
-config.yaml  environment.json  graph.json  profile.json  schedules/<name>.json
+config.yaml  environment.json  graph.json  profile.json  signals/<kind>.json  schedules/<name>.json
 trials/<name>-seed<k>/{record.json, adapter/, metrics.jsonl, predictions/, verdicts/, scores.json}
 results.json  report.html
 """
@@ -26,6 +26,7 @@ from hydra_vlm.names import file_name
 from hydra_vlm.ownership import contents, owned
 from hydra_vlm.processes import by_first
 from hydra_vlm.reading import TABLE, read_json, read_yaml
+from hydra_vlm.signals import GRADIENT_NORM
 
 _PACKAGES = (
     "hydra-vlm",
@@ -61,6 +62,7 @@ HOW_WORK_IS_DONE = {
 """Keys that do not show in what comes of the work, rounding apart."""
 
 HOW_MUCH_IS_DONE = {
+    "profile.signal",
     "seeds",
     "schedules",
     "evaluation.zero_shot",
@@ -68,8 +70,9 @@ HOW_MUCH_IS_DONE = {
     "search.parallel",
     "search.final_seeds",
 }
-"""Keys that ask for more trials or fewer. What each trial is follows from its own schedule and seed, so those that are
-there stay as they are, new ones are made as they would have been from the start, and the report shows all."""
+"""Keys that ask for more trials or signals, or fewer. What each trial is follows from its own schedule and seed, so
+those that are there stay as they are, new ones are made as they would have been from the start, and the report shows
+all."""
 
 CHANGEABLE = HOW_WORK_IS_DONE | HOW_MUCH_IS_DONE
 """Keys that a run may go on with another value of; with any other it would be of two configurations."""
@@ -84,6 +87,10 @@ class RunFolder:
     @property
     def profile(self) -> Path:
         return self.path / "profile.json"
+
+    def signal(self, kind: str) -> Path:
+        """Where a measured signal is kept; gradient norms are the profile."""
+        return self.profile if kind == GRADIENT_NORM else self.path / "signals" / f"{kind}.json"
 
     @property
     def graph(self) -> Path:
@@ -162,7 +169,8 @@ def open_run(path: Path, config: Config, environment: Mapping[str, Any]) -> RunF
 
 def has_begun(path: Path) -> bool:
     """Whether something was computed in a run folder: from then on it is of one configuration and one content."""
-    return (path / "profile.json").exists() or any((path / "trials").glob("*"))
+    measured = (path / "profile.json").exists() or any((path / "signals").glob("*"))
+    return measured or any((path / "trials").glob("*"))
 
 
 def _stored_config(stored: Path) -> dict[str, Any]:

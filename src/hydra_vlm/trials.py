@@ -1,4 +1,4 @@
-"""Trials: what all of a run share, the gradient-norm run, and one fine-tuning run with one schedule and seed.
+"""Trials: what all of a run share, and one fine-tuning run with one schedule and seed.
 
 The model is loaded once in a process. A trial borrows it and leaves no trace: its adapter is taken off, the projector
 is what it was. Tower features are computed once for all trials and kept in the run folder. A finished trial is read
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.allocation import ALLOCATORS, STAGED, AllocationRequest, Budget, allocate, require_held
+from hydra_vlm.allocation import ALLOCATORS, STAGED, Budget, require_held
 from hydra_vlm.benchmarks.generation import Answering
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import finish, write_examples
@@ -34,14 +34,11 @@ from hydra_vlm.faults import disk_full_told
 from hydra_vlm.files import read_value, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.inputs import bind, data_inputs, model_inputs, require_unchanged, task_inputs
-from hydra_vlm.interruption import Interrupted
 from hydra_vlm.lora import save_adapter
-from hydra_vlm.models.audit import adaptation_summary
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.weights import write_model
 from hydra_vlm.planning.run import estimate
 from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
-from hydra_vlm.profile import GradientNormProfile, require_same_graph
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, has_begun, open_run, session_changes
 from hydra_vlm.schedule import RankSchedule, Scaling
@@ -61,8 +58,7 @@ from hydra_vlm.training.recipe import (
     start_of,
     trains_projector,
 )
-from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, require_gradients, training_device
-from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
+from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, training_device
 from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
@@ -179,55 +175,6 @@ def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:
 def scaling_of(config: Config) -> Scaling:
     """The scaling that the configuration asks for."""
     return Scaling(config.scaling.rule, config.scaling.value)
-
-
-def measure_profile(study: Study, say: Say = print) -> GradientNormProfile:
-    """The gradient-norm profile of a short uniform LoRA run (Eq. 1), read back if it was measured before."""
-    stored = study.folder.profile
-    advice = "remove it, and it is measured again"
-    before = by_first(lambda: read_value(stored, GradientNormProfile.from_json, advice) if stored.is_file() else None)
-    if before is not None:
-        require_same_graph(before, study.graph)
-        return before
-    require_gradients()
-    settings = study.config.profile
-    budget = study.budget
-    rank = settings.rank or budget.rank
-    say(f"profile: uniform LoRA of rank {rank} for {settings.steps} steps")
-    schedule = allocate(
-        "uniform",
-        AllocationRequest(study.graph, Budget.of_rank(study.graph, rank), scaling=scaling_of(study.config)),
-    )
-    short = {"steps": settings.steps, "save_steps": 10**9, "trackers": (), "keep": "last", "patience": None}
-    training = study.config.training.model_copy(update=short)
-    scratch = study.folder.path / "profile-run"
-    unvalidated = replace(study.data, validation=None)
-    by_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
-    with adapting(study.base, schedule, training, settings.seed) as model:
-        say(adaptation_summary(model, study.base.parts))
-        callback = GradientNormCallback(model, study.base.parts)
-        try:
-            finetune(
-                model,
-                study.base,
-                unvalidated,
-                training,
-                settings.seed,
-                scratch,
-                [callback],
-                estimate=study.estimate("profile"),
-            )
-        except Interrupted as stop:
-            raise Interrupted(stop.number, "the same command measures the profile anew") from None
-        profile = callback.profile(settings.skip, say)
-    study.require_unchanged(scratch)
-    by_first(lambda: _keep_profile(profile, stored, scratch))
-    return profile
-
-
-def _keep_profile(profile: GradientNormProfile, stored: Path, scratch: Path) -> None:
-    shutil.rmtree(scratch)
-    write_json(stored, profile.to_json())
 
 
 def finished(stored: Path) -> TrialRecord | None:

@@ -5,21 +5,33 @@ from its last checkpoint. Killed at any moment and started again with the same c
 to the bit on the same machine with the same number of threads, elsewhere but for the order of sums.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-from hydra_vlm.allocation import STAGED, AllocationRequest, allocate, require_held, require_stages
+from hydra_vlm.allocation import (
+    ALLOCATORS,
+    STAGED,
+    AllocationRequest,
+    allocate,
+    allocator_of,
+    require_held,
+    require_stages,
+)
 from hydra_vlm.config import Config
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.lora import read_schedule, require_schedule_fits
+from hydra_vlm.measuring import Measured, measure
 from hydra_vlm.names import file_name
 from hydra_vlm.processes import by_first
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, owning
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.signals import Signal
 from hydra_vlm.starting import OWN, own_schedule
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.recipe import FULL
@@ -27,7 +39,6 @@ from hydra_vlm.trials import (
     ZERO_SHOT,
     Say,
     Study,
-    measure_profile,
     prepare_study,
     require_start,
     resolve_budget,
@@ -42,8 +53,8 @@ def tune(config: Config, out: Path, say: Say = print) -> RunFolder:
         study = prepare_study(config, out, say)
         if STAGED & set(config.schedules):
             require_stages(study.graph, study.budget, config.allocation.n_stages)
-        profile = measure_profile(study, say)
-        schedules = allocate_all(study, profile)
+        measured = measure(study, [config.profile.signal, *needed_kinds(study)], say)
+        schedules = allocate_all(study, measured)
         if config.evaluation.zero_shot and study.tasks:
             run_trial(study, ZERO_SHOT, None, 0, say)
         for seed in config.seeds:
@@ -60,15 +71,23 @@ def train(config: Config, out: Path, wish: str, seed: int, say: Say = print) -> 
         return run_trial(study, name, schedule, seed, say)
 
 
-def profile(config: Config, out: Path, say: Say = print) -> GradientNormProfile:
-    """The gradient-norm profile alone."""
+def profile(config: Config, out: Path, say: Say = print) -> Measured:
+    """The signal of kind `profile.signal` alone; of gradient norms, the profile."""
+    kind = config.profile.signal
     with owning(out, say):
-        return measure_profile(prepare_study(config, out, say), say)
+        return measure(prepare_study(config, out, say), [kind], say)[kind]
 
 
-def allocate_all(study: Study, profile: GradientNormProfile) -> dict[str, RankSchedule]:
-    """Every schedule asked for, under the same budget; "full" has none."""
-    request = allocation_request(study.config, study.graph, profile)
+def needed_kinds(study: Study) -> list[str]:
+    """The kinds of signal that the configuration's schedules follow."""
+    request = allocation_request(study.config, study.graph)
+    needs = [ALLOCATORS[name].needs(request) for name in study.config.schedules if name in ALLOCATORS]
+    return [kind for kind in needs if kind is not None]
+
+
+def allocate_all(study: Study, measured: Mapping[str, Measured]) -> dict[str, RankSchedule]:
+    """Every schedule asked for, under the same budget; "full" has none. `measured` is what `measure` returns."""
+    request = allocation_request(study.config, study.graph, measured)
     wanted = [name for name in study.config.schedules if name not in (FULL, OWN)]
     schedules = {name: replace(allocate(name, request), name=name) for name in wanted}
     if OWN in study.config.schedules:
@@ -86,14 +105,16 @@ def own_ranks(study: Study) -> RankSchedule:
 
 
 def allocation_request(
-    config: Config, graph: ComputationGraph, profile: GradientNormProfile | None
+    config: Config, graph: ComputationGraph, measured: Mapping[str, Measured] = MappingProxyType({})
 ) -> AllocationRequest:
     """The configuration's wishes as the allocators read them."""
     wish = config.allocation
     return AllocationRequest(
         graph=graph,
         budget=resolve_budget(graph, config),
-        profile=profile,
+        profile=next((value for value in measured.values() if isinstance(value, GradientNormProfile)), None),
+        signals=tuple(value for value in measured.values() if isinstance(value, Signal)),
+        signal=wish.signal,
         n_stages=wish.n_stages,
         delta=wish.delta,
         step=wish.step,
@@ -107,7 +128,7 @@ def allocation_request(
 def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSchedule | None]:
     """Name and schedule for `wish`: a schedule file, an allocator's name, "adapter", or "full" (no schedule).
 
-    Allocators that need a profile measure it first.
+    What an allocator needs is measured first.
     """
     if wish == FULL:
         require_start(study.config, wish)
@@ -121,7 +142,8 @@ def schedule_for(study: Study, wish: str, say: Say = print) -> tuple[str, RankSc
     if wish == OWN:
         schedule = own_ranks(study)
     else:
-        profile = None if wish in ("uniform", "random") else measure_profile(study, say)
-        schedule = allocate(wish, allocation_request(study.config, study.graph, profile))
+        kind = allocator_of(wish).needs(allocation_request(study.config, study.graph))
+        measured = measure(study, [kind], say) if kind is not None else {}
+        schedule = allocate(wish, allocation_request(study.config, study.graph, measured))
     by_first(lambda: write_json(study.folder.schedule(schedule.name), schedule.to_json()))
     return schedule.name, schedule

@@ -5,7 +5,7 @@
   which schedules use up differently),
 * checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone), or the projector alone in
   stage I,
-* gradient norms taken before clipping,
+* gradients shown to recorders of signals before clipping,
 * a step whose loss is no number is not applied; a checkpoint is whole on the disk or not there, and remembers the
   losses that were not logged yet, so that a resumed run logs what an undisturbed one does,
 * a loss, of training and of validation, in which every supervised token counts the same (`training.loss`),
@@ -33,6 +33,7 @@ from hydra_vlm.training.loss import Tally, draws_kept, mean_over_batch, token_lo
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import NUMBERS
 from hydra_vlm.training.rates import Rates, parameter_groups
+from hydra_vlm.training.recording import Recording
 from hydra_vlm.training.sharding import (
     OPTIMIZER,
     load_whole_optimizer_state,
@@ -43,7 +44,6 @@ from hydra_vlm.training.sharding import (
     untouched,
     whole_optimizer_state,
 )
-from hydra_vlm.training.signals.gradient_norm import GradientNormCallback
 from hydra_vlm.training.supervised import SupervisedPositions
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -147,7 +147,7 @@ class VLMTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, GradientNormCallback):
+            if isinstance(callback, Recording):
                 callback.record()
         return super()._clip_grad_norm(model)
 

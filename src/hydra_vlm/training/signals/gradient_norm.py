@@ -1,50 +1,48 @@
-"""The gradient-norm profile (Eq. 1): a callback on a short LoRA run.
+"""The gradient norm (Eq. 1): of each LoRA tensor the L2 norm of its gradient, the mean of A's and B's.
 
-At every optimizer step, after accumulation and before clipping, the L2 norm of the gradient of each LoRA tensor.
+Taken at every optimizer step of a short LoRA run, after accumulation and before clipping.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from torch import Tensor
 
-from hydra_vlm.errors import GraphMismatchError, TrainingError
+from hydra_vlm.errors import TrainingError
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.signals import Signal
+from hydra_vlm.training.recording import Say, gradient_of, lora_tensors
 from hydra_vlm.training.sharding import norms_of
 
 
-class GradientNormCallback(TrainerCallback):
+class Recorder:
     """Records the gradient norms of A and B of every adapted projection, step by step.
 
     `norms` holds one tensor [projections, 2] a step, in the order of `parts.graph.projections`, A before B.
     """
 
-    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
+    enough = False
+
+    def __init__(self, model: PeftModel, parts: ModelParts) -> None:
         self.parts = parts
-        self._tensors = list(lora_tensors(model, parts))
         self.norms: list[Tensor] = []
+        self._tensors = list(lora_tensors(model, parts))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._tensors = list(lora_tensors(kwargs["model"], self.parts))  # sharding has put others in their place
+    def watching(self, model: PeftModel) -> AbstractContextManager[None]:
+        self._tensors = list(lora_tensors(model, self.parts))  # sharding has put others in their place
+        return nullcontext()
 
-    def record(self) -> None:
-        """Take the norms now; called by the trainer between accumulation and clipping."""
-        gradients = [tensor.grad for pair in self._tensors for tensor in pair]
+    def step(self) -> None:
+        gradients = [gradient_of(tensor) for pair in self._tensors for tensor in pair]
         with torch.no_grad():
-            self.norms.append(norms_of(_present(gradient) for gradient in gradients).view(-1, 2).cpu())
+            self.norms.append(norms_of(gradients).view(-1, 2).cpu())
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if len(self.norms) <= state.global_step:  # the trainer records before clipping; without clipping, here
-            self.record()
+    def signal(self, skip: int, say: Say) -> Signal:
+        return self.profile(skip, say).signal()
 
-    def profile(self, skip: int, say: Callable[[str], None] = lambda line: None) -> GradientNormProfile:
+    def profile(self, skip: int, say: Say = lambda line: None) -> GradientNormProfile:
         """Mean and standard deviation over the steps after the first `skip`.
 
         A has no gradient as long as B is zero, which it is until a step with a learning rate above 0 was applied: such
@@ -82,26 +80,3 @@ class GradientNormCallback(TrainerCallback):
             steps=len(kept),
             skipped=skip + int(still.sum()),
         )
-
-
-def lora_tensors(model: nn.Module, parts: ModelParts) -> Iterable[tuple[Tensor, Tensor]]:
-    """(A, B) of every projection of the graph in its order.
-
-    Raises:
-        GraphMismatchError: a projection has no adapter (a profile needs uniform LoRA everywhere).
-    """
-    parameters = dict(model.named_parameters())
-    for projection in parts.graph.projections:
-        name = parts.modules[projection.layer, projection.component]
-        try:
-            yield tuple(parameters[f"base_model.model.{name}.lora_{side}.default.weight"] for side in "AB")  # type: ignore[misc]
-        except KeyError:
-            raise GraphMismatchError(
-                f"{name} has no LoRA adapter: a profile needs uniform LoRA on every projection"
-            ) from None
-
-
-def _present(gradient: Tensor | None) -> Tensor:
-    if gradient is None:
-        raise GraphMismatchError("a LoRA tensor received no gradient: is its layer outside of the loss?")
-    return gradient
