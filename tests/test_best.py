@@ -120,6 +120,8 @@ def test_stopped_and_killed_it_keeps_and_ends_the_same(
         monkeypatch.setattr(trainer.VLMTrainer, "training_step", real)
     left = {path.name for path in (cut.trial / "checkpoints").glob("best-*")}
     assert left == {"best-2.safetensors", "best-3.safetensors"}  # of the last checkpoint, and of the one before
+    modes = {path: path.stat().st_mode & 0o777 for path in cut.trial.rglob("*") if path.is_file()}
+    assert len(set(modes.values())) == 1, modes  # that of the umask
     found = cut.train(*PATIENT)
     assert (found.train_losses, found.validation_losses) == (expected.train_losses, expected.validation_losses)
     assert (found.kept_step, found.validation_loss) == (expected.kept_step, expected.validation_loss)

@@ -142,12 +142,13 @@ def test_a_lora_folder_is_merged_into_its_base(changes: dict[str, Any], scale: A
     assert touched == {name for name in expected if not torch.equal(expected[name], before[name])}
 
 
-def test_the_base_may_be_named_by_the_adapter_and_may_be_a_language_model(tmp_path: Path) -> None:
+def test_the_base_may_be_a_language_model_and_is_given_not_followed(tmp_path: Path) -> None:
     llama = {k: v for k, v in authors_config("v1").items() if not k.startswith(("mm_", "image_", "vision_"))}
     base = save_authors(tmp_path / "llama", "v1", fill(decoder_shapes()), llama | {"model_type": "llama"})
     tower = clip_folder(tmp_path / "clip", whole=True)
     _, projector = save_lora(tmp_path / "lora", "v1", base_model_name_or_path=str(base))
-    to_hydra(tmp_path / "lora", tmp_path / "ours", vision=tmp_path / "clip")
+    refused(f"trained on '{base}': give .* --base FOLDER", tmp_path / "lora", tmp_path / "ours", ConfigError)
+    to_hydra(tmp_path / "lora", tmp_path / "ours", vision=tmp_path / "clip", base=base)
     to_original(tmp_path / "ours", tmp_path / "back")
     assert same(theirs_in(tmp_path / "back"), projector | tower, names=[*projector, *tower])
 
@@ -155,7 +156,7 @@ def test_the_base_may_be_named_by_the_adapter_and_may_be_a_language_model(tmp_pa
 def test_lora_folders_that_do_not_fit(tmp_path: Path) -> None:
     base = save_authors(tmp_path / "base", "v2")
     matrices, _ = save_lora(tmp_path / "lora", "v2", base_model_name_or_path="mtgv/somewhere")
-    refused("trained on 'mtgv/somewhere', .* --base FOLDER", tmp_path / "lora", tmp_path / "x", ConfigError)
+    refused("trained on 'mtgv/somewhere': give .* --base FOLDER", tmp_path / "lora", tmp_path / "x", ConfigError)
     refused("--base .* holds no config", tmp_path / "lora", tmp_path / "x", ConfigError, base=tmp_path)
     save_lora(tmp_path / "dora", "v2", use_dora=True)
     refused("use_dora True is not supported", tmp_path / "dora", tmp_path / "x", ConfigError, base=base)

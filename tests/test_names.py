@@ -205,18 +205,29 @@ def test_no_benchmark_reads_an_image_outside_its_folder(name: str, evil: str, wo
     assert "\n" not in str(caught.value)
 
 
-def test_rescoring_writes_into_the_run_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "linked",
+    ["answers/base", "answers/base/predictions", "answers/base/scores.json", "examples", "examples/mine.jsonl"],
+)
+def test_rescoring_reads_and_writes_the_run_alone(tmp_path: Path, linked: str) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     (run / "examples").mkdir(parents=True)
-    (run / "answers").mkdir()
-    (other / "predictions").mkdir(parents=True)
+    (run / "answers/base/predictions").mkdir(parents=True)
     example = {"id": "1", "image": None, "question": "q", "answers": ["a"], "group": "", "unit": "", "options": []}
     (run / "examples" / "mine.jsonl").write_text(json.dumps(example) + "\n")
-    (other / "predictions" / "mine.jsonl").write_text(json.dumps({"id": "1", "prompt": "", "text": "a"}) + "\n")
-    (run / "answers" / "base").symlink_to(other)
+    answers = run / "answers/base/predictions/mine.jsonl"
+    answers.write_text(json.dumps({"id": "1", "prompt": "", "text": "a"}) + "\n")
+    (run / "answers/base/scores.json").write_text("[]")
+    (run / linked).rename(other)
+    before = contents(other)
+    (run / linked).symlink_to(other)
     with pytest.raises(RunFolderError, match="a link leads to"):
         rescore(run)
-    assert not (other / "scores.json").exists()
+    assert contents(other) == before
+
+
+def contents(place: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (place, *place.rglob("*")) if path.is_file()}
 
 
 def test_an_adapters_folder_names_its_answers(tmp_path: Path) -> None:

@@ -227,6 +227,22 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     assert body.count("<script") == body.count("</script>")
 
 
+@pytest.mark.parametrize("linked", ["config.yaml", "schedules", "trials", "trials/fine-seed0/verdicts"])
+def test_links_out_of_the_run_are_not_followed(tmp_path: Path, linked: str) -> None:
+    fake_run(tmp_path / "run", names=("uniform", "fine"), seeds=(0,))
+    (tmp_path / "run" / linked).rename(tmp_path / "other")
+    (tmp_path / "run" / linked).symlink_to(tmp_path / "other")
+    with pytest.raises(RunFolderError, match="a link leads to"):
+        write_report(tmp_path / "run")
+
+
+def test_labels_hold_neither_markup_nor_what_plotly_fills_in() -> None:
+    trial = TrialRecord("<b>%{x}", 0, None, {}, ((1, 2.0),), 2.0, (), 1.0)
+    curve = figures.loss_curves([trial]).data[0]
+    assert curve.name == "&lt;b&gt;&#37;{x}"
+    assert curve.hovertemplate.startswith("&lt;b&gt;&#37;{x}, step %{x}")
+
+
 @pytest.mark.parametrize(
     ("missing", "says"),
     [

@@ -35,7 +35,7 @@ FLAGS = (
     "--hide-scrollbars",
 )
 
-ODD = "odd <b>&amp; \"quoted\" 'name'"
+ODD = "odd <b>&amp; \"quoted\" 'name' %{x}"
 
 
 @dataclass(frozen=True)

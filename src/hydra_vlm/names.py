@@ -111,6 +111,11 @@ def below(root: Path, path: object, what: str, kind: type[HydraError]) -> Path:
     return found
 
 
+def found_below(root: Path, pattern: str, what: str, kind: type[HydraError]) -> list[Path]:
+    """What a pattern finds in a folder, sorted; raises as `below` does for what is a link out of it."""
+    return sorted(below(root, str(path.relative_to(root)), what, kind) for path in root.glob(pattern))
+
+
 def shown(text: str) -> str:
     """A name or path as errors show it: quoted, and cut where it is long."""
     return repr(text if len(text) <= 200 else f"{text[:200]}…")

@@ -8,7 +8,7 @@ from hydra_vlm.benchmarks.protocol import Example, Prediction, Rule, Score
 from hydra_vlm.benchmarks.suite import SIX, Task, open_benchmark, score_task
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.files import write_json, write_lines
-from hydra_vlm.names import below, file_name
+from hydra_vlm.names import below, file_name, found_below
 from hydra_vlm.ownership import owned
 from hydra_vlm.reading import TABLE, read_json, read_json_lines, read_text
 from hydra_vlm.strict import parse_json
@@ -51,13 +51,13 @@ def finish(folder: Path, tasks: Sequence[Task]) -> tuple[Score, ...]:
     """Score the predictions in `folder`; writes verdicts/ and scores.json, and predictions/ in the examples' order."""
     scores = []
     for task in tasks:
-        path = folder / "predictions" / f"{task.name}.jsonl"
+        path = _own(folder, f"predictions/{task.name}.jsonl")
         predictions = read_predictions(path, task)
         result, verdicts = score_task(task, predictions)
         write_lines(path, (p.to_json() for p in predictions))
-        write_lines(folder / "verdicts" / f"{task.name}.jsonl", (v.to_json() for v in verdicts))
+        write_lines(_own(folder, f"verdicts/{task.name}.jsonl"), (v.to_json() for v in verdicts))
         scores.append(result)
-    write_json(folder / "scores.json", [result.to_json() for result in scores])
+    write_json(_own(folder, "scores.json"), [result.to_json() for result in scores])
     return tuple(scores)
 
 
@@ -68,7 +68,7 @@ def rescore(run: Path, rule: Rule = "published") -> dict[str, tuple[Score, ...]]
         RunFolderError: the folder keeps no examples, or no predictions.
         FolderInUseError: a command is at work in it.
     """
-    paths = {path.stem: path for path in (run / "examples").glob("*.jsonl")}
+    paths = {path.stem: path for path in found_below(run, "examples/*.jsonl", "file", RunFolderError)}
     if not paths:
         raise RunFolderError(f"{run} keeps no examples: give the --out of `evaluate` or `tune`")
     with owned(run):
@@ -81,20 +81,25 @@ def _rescored(run: Path, paths: dict[str, Path], rule: Rule) -> dict[str, tuple[
     names = [name for name in SIX if name in paths] + sorted(paths.keys() - SIX.keys())
     tasks = [Task(open_benchmark(name, rule), _read_examples(paths[name])) for name in names]
     scores = {}
-    for found in sorted([*run.glob("answers/*"), *run.glob("trials/*")]):
-        folder = below(run, f"{found.parent.name}/{found.name}", "folder", RunFolderError)  # it is written to
+    folders = [f for home in ("answers", "trials") for f in found_below(run, f"{home}/*", "folder", RunFolderError)]
+    for folder in folders:
         answered = [task for task in tasks if os.path.lexists(folder / "predictions" / f"{task.name}.jsonl")]
         if answered:
             scores[folder.name] = finish(folder, _as_before(folder, answered))
-            _renew_record(folder / "record.json", scores[folder.name])
+            _renew_record(_own(folder, "record.json"), scores[folder.name])
     if not scores:
         raise RunFolderError(f"{run} has no predictions in answers/ or trials/: nothing was answered yet")
     return scores
 
 
+def _own(folder: Path, name: str) -> Path:
+    """A file of a folder; raises RunFolderError where a link leads out of it."""
+    return below(folder, name, "file", RunFolderError)
+
+
 def _as_before(folder: Path, tasks: Sequence[Task]) -> list[Task]:
     """In the order in which they were scored last, which reports follow; new ones behind."""
-    path = folder / "scores.json"
+    path = _own(folder, "scores.json")
     before = [score["benchmark"] for score in read_json(path)] if os.path.lexists(path) else []
     return sorted(tasks, key=lambda task: before.index(task.name) if task.name in before else len(before))
 

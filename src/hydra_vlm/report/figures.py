@@ -73,7 +73,7 @@ def layer_curve(profile: GradientNormProfile, stages: Stages | None) -> go.Figur
     figure.update_xaxes(
         title_text=_layer_title(profile.graph),
         tickvals=[layer + 1 for layer in ticks],
-        ticktext=[profile.graph.label(layer) for layer in ticks],
+        ticktext=[_label(profile.graph.label(layer)) for layer in ticks],
         range=[0.4, len(norms) + 0.6],
     )
     figure.update_yaxes(title_text="gradient norm (L2)", rangemode="tozero")
@@ -128,7 +128,7 @@ def rank_map(schedule: RankSchedule, reach: float) -> go.Figure:
     figure.add_heatmap(
         z=ranks,
         x=[_label(symbol(component)) for component in graph.components],
-        y=[graph.label(layer) for layer in range(graph.n_layers)],
+        y=[_label(graph.label(layer)) for layer in range(graph.n_layers)],
         zmin=middle - reach,
         zmax=middle + reach,
         colorscale=[list(stop) for stop in RANK_SCALE],
@@ -322,8 +322,8 @@ def symbol(component: str) -> str:
 
 
 def _label(text: str) -> str:
-    """Text as Plotly takes it: markup escaped, quotes not, since it would show their entities."""
-    return escape(text, quote=False)
+    """Text as Plotly takes it: markup and templates' %{…} escaped, quotes not, since it would show their entities."""
+    return escape(text, quote=False).replace("%{", "&#37;{")
 
 
 def _stage_colours(stages: Stages) -> list[tuple[tuple[int, ...], str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra_vlm.errors import FileError, HydraError, RunFolderError
+from hydra_vlm.names import below, found_below
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.reading import PAGE, read_json, read_json_lines, read_text
 from hydra_vlm.records import TrialRecord
@@ -36,12 +37,15 @@ class RunData:
 
 
 def load_run(folder: Path) -> RunData:
-    """Read a run folder; raises RunFolderError when it is none, or names the file that does not read."""
-    config, environment, profile = (folder / name for name in ("config.yaml", "environment.json", "profile.json"))
-    schedules = [_read(path, RankSchedule.from_json) for path in (folder / "schedules").glob("*.json")]
-    homes = sorted(path for path in (folder / "trials").glob("*") if path.is_dir())
+    """Read a run folder; raises RunFolderError when it is none, or names the file that does not read.
+
+    Links that lead out of the folder are not followed.
+    """
+    config, environment, profile = (_own(folder, name) for name in ("config.yaml", "environment.json", "profile.json"))
+    schedules = [_read(path, RankSchedule.from_json) for path in _found(folder, "schedules/*.json")]
+    homes = [path for path in _found(folder, "trials/*") if path.is_dir()]
     done = [home for home in homes if os.path.lexists(home / "record.json")]
-    trials = [_read(home / "record.json", TrialRecord.from_json) for home in done]
+    trials = [_read(_own(home, "record.json"), TrialRecord.from_json) for home in done]
     if not (os.path.lexists(config) or os.path.lexists(profile) or schedules or homes):
         raise RunFolderError(
             f"{folder} is not a run folder: it has no config.yaml, profile.json, schedules or trials. "
@@ -59,6 +63,14 @@ def load_run(folder: Path) -> RunData:
     )
 
 
+def _own(folder: Path, name: str) -> Path:
+    return below(folder, name, "file", RunFolderError)
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    return found_below(folder, pattern, "file", RunFolderError)
+
+
 def _read(path: Path, parse: Callable[[Any], T]) -> T:
     try:
         return parse(read_json(path))
@@ -71,7 +83,7 @@ def _read(path: Path, parse: Callable[[Any], T]) -> T:
 
 
 def _read_verdicts(home: Path) -> dict[str, Credits]:
-    return {path.stem: _read_credits(path) for path in sorted((home / "verdicts").glob("*.jsonl"))}
+    return {path.stem: _read_credits(path) for path in _found(home, "verdicts/*.jsonl")}
 
 
 def _read_credits(path: Path) -> Credits:

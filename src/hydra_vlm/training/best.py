@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hydra_vlm.config import BEST, TrainingConfig
 from hydra_vlm.errors import CheckpointError, ConfigError
 from hydra_vlm.faults import disk_full_told, first_line
+from hydra_vlm.files import as_umask_says
 from hydra_vlm.processes import by_first
 from hydra_vlm.training.checkpoints import Losses, best_step, best_weights, checkpoints, history_of, validation_losses
 from hydra_vlm.training.sharding import trained_state
@@ -109,4 +110,5 @@ def _write(weights: Mapping[str, Tensor], path: Path) -> None:
     with disk_full_told(path, lambda: "The last checkpoint is kept.", needed=size):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in weights.items()}, draft)
+        as_umask_says(draft)
         os.replace(draft, path)

@@ -29,6 +29,7 @@ from hydra_vlm.models.mobilevlm.original_files import (
 from hydra_vlm.models.mobilevlm.original_lora import base_of, is_lora_folder, require_fit
 from hydra_vlm.models.mobilevlm.original_weights import Parts, gather, read_folder, require_complete
 from hydra_vlm.models.weights import write_weights
+from hydra_vlm.names import shown
 from hydra_vlm.reading import file_fault, read_json
 
 STAGE_ONE_PROJECTOR = "mm_projector.bin"
@@ -171,15 +172,14 @@ def _base(source: Path, base: Path | None) -> Path | None:
         if base is not None:
             raise ConfigError(f"--base is for LoRA folders, and {source} has no adapter_config.json: leave it out")
         return None
-    named = base or Path(base_of(source) or "")
-    if not (named / "config.json").is_file() or named == Path():
+    if base is None:  # a path in somebody's file is not followed
         raise ConfigError(
-            f"{source} is a LoRA folder, trained on {base_of(source)!r}, which is no checkpoint folder here: give it "
-            "with --base FOLDER"
-            if base is None
-            else f"--base {base} holds no config.json: give the folder of a checkpoint"
+            f"{source} is a LoRA folder, trained on {shown(str(base_of(source)))}: give that checkpoint's folder with "
+            "--base FOLDER"
         )
-    return named
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"--base {base} holds no config.json: give the folder of a checkpoint")
+    return base
 
 
 def _projector_file(path: Path | None) -> Path | None:
