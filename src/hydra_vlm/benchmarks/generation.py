@@ -6,15 +6,18 @@ batch. A run that was stopped repeats the unfinished batch whole, so that it end
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList
 
 from hydra_vlm.benchmarks.images import Images, once_per_image
 from hydra_vlm.benchmarks.protocol import Example, Prediction
 from hydra_vlm.data.readers import Reader, SplicingReader
+from hydra_vlm.errors import CheckpointError
 
 ReaderT = TypeVar("ReaderT", bound=Reader)
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -110,15 +113,43 @@ def cutting(reader: ReaderT) -> ReaderT:
 
 @torch.no_grad()
 def _generate(model: Any, reader: Reader, inputs: dict[str, Any], max_new_tokens: int | None) -> list[str]:
-    generated = model.generate(
-        **inputs,
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        bos_token_id=reader.tokenizer.bos_token_id,
         pad_token_id=reader.tokenizer.pad_token_id,
         eos_token_id=stop_tokens(model, reader),
     )
+    with _alone(model, settings):
+        generated = model.generate(**inputs, logits_processor=LogitsProcessorList([_numbers]))
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in reader.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@contextmanager
+def _alone(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """While the block lasts these settings stand alone.
+
+    transformers puts those of a model's generation_config.json beside whatever a caller gives: penalties, beams, a time
+    after which an answer is cut off. Then answers were neither greedy nor the same on every machine.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, settings
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _numbers(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The logits; NaN would be answered with the vocabulary's first token, as if it had been said."""
+    if logits.isnan().any():
+        raise CheckpointError(
+            "the model's logits are NaN, so there is no answer: a number in its config.json or its processor's files "
+            "is wrong, or its weights are too large for this dtype. Put the model's own files in place, or use "
+            "dtype=float32"
+        )
+    return logits
 
 
 def stop_tokens(model: Any, reader: Reader) -> list[int]:

@@ -14,6 +14,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image by default: above it Pillow warns of a bomb."""
 
+LONGEST_SIDE = 200
+"""Times that an image's longer side may be its shorter one, as Qwen's processors want it. Processors that bring the
+shorter side to a length would make a line of one pixel an image of gigabytes."""
+
 
 def image_fault(path: str, folder: str | None, max_pixels: int) -> str:
     """What is wrong with an image file, which must lie in the resolved `folder` (None: anywhere); "" for nothing.
@@ -48,6 +52,8 @@ def examine(path: str, max_pixels: int) -> tuple[tuple[int, int] | None, str]:
 def size_fault(path: str, size: tuple[int, int], max_pixels: int) -> str:
     """Whether an image of this (width, height) has more pixels than allowed once it is made square; "" if not."""
     width, height = size
+    if fault := _shape_fault(path, size):
+        return fault
     pixels = max(width, height) ** 2
     if pixels <= max_pixels:
         return ""
@@ -78,9 +84,23 @@ def decode(path: str) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if fault := _shape_fault(path, image.size):
+                raise DataError(fault)
             return image.convert("RGB")
+    except DataError:
+        raise
     except Exception as problem:  # decoders raise whatever a broken file makes them stumble over
         raise _unreadable(path, problem) from None
+
+
+def _shape_fault(path: str, size: tuple[int, int]) -> str:
+    width, height = size
+    if max(size) <= LONGEST_SIDE * min(size):
+        return ""
+    return (
+        f"image {path} has {width} x {height} pixels: one side is more than {LONGEST_SIDE} times the other, and no "
+        "model reads such strips: cut it into pieces or leave it out"
+    )
 
 
 def _unreadable(path: str, problem: Exception) -> DataError:

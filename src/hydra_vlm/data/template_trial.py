@@ -3,30 +3,25 @@
 A template is a program of whoever made the model. Before its first use it is tried on drawn conversations in a process
 of its own that may take `SECONDS` of a processor and `MEMORY` bytes, so loops without end and texts of terabytes end
 there. What it writes later is held to the same bound, linear in the conversation, and a rendering that takes a minute
-is ended. Where a system cannot fork (Windows), the trial is left out and the later bounds hold.
+is ended.
 """
 
-import os
-import select
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from hydra_vlm.errors import ConfigError, DataError
+from hydra_vlm.trial_copy import tried_in_a_copy
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], str]
 
 SECONDS = 10
 """Of a processor, for all conversations of the trial; templates take milliseconds, some a second."""
-
-LONGEST_WAIT = 120
-"""Seconds by the clock, on a machine that is busy with other things."""
 
 MEMORY = 2**30
 """Bytes beyond what the process has."""
@@ -49,7 +44,7 @@ def require_ending(template: str, render: Render) -> None:
     Raises:
         ConfigError: it does not end, takes too much memory, or writes too much.
     """
-    if template in _tried or not hasattr(os, "fork"):
+    if template in _tried:
         return
     fault = _fault_in_a_fork(render)
     if fault:
@@ -96,40 +91,7 @@ def _characters(content: Any) -> int:
 
 
 def _fault_in_a_fork(render: Render) -> str:
-    """What is wrong with a template, found out in a copy of this process, which is ended if it does not end."""
-    out, into = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about threads; the copy runs Jinja alone
-        child = os.fork()
-    if not child:
-        try:
-            _limit_this_process()
-            os.write(into, (_fault(render) or "ends").encode())
-        finally:
-            os._exit(0)
-    os.close(into)
-    with os.fdopen(out, "rb") as told:
-        if not select.select([told], [], [], LONGEST_WAIT)[0]:
-            os.kill(child, signal.SIGKILL)
-        fault = told.read(1000).decode()  # nothing where the copy was ended
-    os.waitpid(child, 0)
-    return fault.removeprefix("ends") if fault else f"does not end within {SECONDS} seconds, or takes too much memory"
-
-
-def _limit_this_process() -> None:
-    import resource
-
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    try:
-        with open("/proc/self/statm") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    except (OSError, ValueError):  # a system without /proc, or a lower limit already
-        return
+    return tried_in_a_copy(lambda: _fault(render), SECONDS, MEMORY)
 
 
 def _fault(render: Render) -> str:

@@ -32,6 +32,9 @@ GROWTH = 64
 
 WIDEST_PADDING = 2**20
 
+MOST_ADDED, MOST_MARKS = 2**15, 2**10
+"""Tokens beside the vocabulary, which takes seconds to match, and marks that are put around every text."""
+
 
 def require_readable(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder whose files can be read and whose sizes can be; the tokenizer's are not read yet.
@@ -85,6 +88,13 @@ def require_tokenizer_possible(folder: Path) -> None:
         raise ConfigError(
             f"{where} makes texts up to {growth:.3g} times longer as it normalises them: it is no tokenizer"
         )
+    marks = tokenizer.get("post_processor")
+    for what, part, most in (
+        ("added_tokens", tokenizer.get("added_tokens"), MOST_ADDED),
+        ("single in its post_processor", marks.get("single") if isinstance(marks, Mapping) else None, MOST_MARKS),
+    ):
+        if isinstance(part, list) and len(part) > most:
+            raise ConfigError(f"{where} lists {len(part):,} {what}, and {most:,} are read: it is no tokenizer's")
     padding = tokenizer.get("padding") or {}
     strategy = padding.get("strategy") if isinstance(padding, Mapping) else None
     wide = strategy.get("Fixed", 0) if isinstance(strategy, Mapping) else 0

@@ -13,7 +13,7 @@ import torch
 
 from hydra_vlm.errors import CheckpointError, ConfigError
 from hydra_vlm.faults import as_size, first_line
-from hydra_vlm.reading import open_file
+from hydra_vlm.models.weights import read_header
 
 PER_BYTE = 8
 """Weights in a byte at the very least: models of one bit a weight."""
@@ -26,9 +26,6 @@ FEW_LAYERS = 64
 
 BUFFERS = 2**30
 """Bytes of tables that are computed, not stored: masks, positions."""
-
-LONGEST_HEADER = 100 * 2**20
-"""Bytes; safetensors reads no longer ones."""
 
 _NO_MODEL = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -99,12 +96,8 @@ def _tensors(files: Sequence[Path]) -> int | None:
     for path in files:
         if path.suffix != ".safetensors":
             return None
-        with open_file(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > LONGEST_HEADER:
-                return None
-            try:
-                count += len(json.loads(file.read(length)))
-            except (ValueError, RecursionError):
-                return None
+        try:
+            count += len(json.loads(read_header(path)))
+        except (ValueError, RecursionError):
+            return None
     return count

@@ -128,7 +128,8 @@ def load_model(
         try:
             model: Any = load_whole(kind, folder, dtype=weights, attn_implementation=attention, **how)
         except ImportError as problem:
-            raise ConfigError(f"attention={attention}: {first_line(problem)} Use auto, or install it") from None
+            asked = f"attention={attention}" if "ttention" in str(problem) else f"model {folder}"
+            raise ConfigError(f"{asked}: {first_line(problem)} Install it, or take what asks for it out") from None
     model = (model if how else model.to(place)).eval().requires_grad_(False)
     keep_trainable(model)
     parts = find_parts(model, decoder_pattern, adapt)

@@ -16,6 +16,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from hydra_vlm.errors import CheckpointError, ConfigError
 from hydra_vlm.files import reading
 from hydra_vlm.models.folder import require_tokenizer_possible
+from hydra_vlm.models.tokenizer_trial import require_working
 from hydra_vlm.reading import read_object
 
 
@@ -37,18 +38,20 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> Any:
     """The processor in `folder`.
 
     Raises:
-        ConfigError: it needs a package that is not installed, or the folder holds none.
+        ConfigError: it needs a package that is not installed, the folder holds none, or its tokenizer is none.
     """
     require_tokenizer_possible(folder)
     remedy = "put the files of its tokenizer and image processor beside config.json"
     with reading(folder, remedy, ConfigError):
         try:
-            return _processor(folder, config)
+            processor = _processor(folder, config)
         except ImportError as problem:
             raise ConfigError(f"the processor in {folder} cannot be loaded: {' '.join(str(problem).split())}") from None
         except (OSError, ValueError) as problem:
             told = " ".join(str(problem).split())[:400]
             raise ConfigError(f"{folder} holds no processor that can be loaded ({told}): {remedy}") from None
+    require_working(getattr(processor, "tokenizer", processor), folder)
+    return processor
 
 
 def _processor(folder: Path, config: PreTrainedConfig) -> Any:

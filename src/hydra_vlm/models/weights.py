@@ -19,7 +19,13 @@ from torch import Tensor
 
 from hydra_vlm.errors import CheckpointError, FileError
 from hydra_vlm.files import as_umask_says, write_json
-from hydra_vlm.reading import read_json, require_file
+from hydra_vlm.reading import open_file, read_json, require_file
+
+LONGEST_HEADER = 2**24
+"""Bytes of a safetensors file's list of tensors (16 MiB)."""
+
+MOST_TENSORS = 2**16
+"""Tensors of one file; safetensors takes half a minute to list a million, even if all of them are empty."""
 
 _LARGEST_SHARD, _SMALLEST_SHARD = 10**9, 64 * 2**20  # bytes
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
@@ -51,14 +57,23 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file cannot be read, holds more than tensors, or repeats a name of another.
     """
-    weights: dict[str, Tensor] = {}
+    return {name: tensor for tensors in read_files(files).values() for name, tensor in tensors.items()}
+
+
+def read_files(files: Iterable[Path]) -> dict[Path, dict[str, Tensor]]:
+    """The same file by file; raises as `read_weights` does."""
+    found: dict[Path, dict[str, Tensor]] = {}
+    seen: set[str] = set()
     for path in files:
         tensors = read_file(path)
-        twice = weights.keys() & tensors.keys()
+        twice = seen & tensors.keys()
         if twice:
-            raise CheckpointError(f"{path} holds {min(twice)}, which another file of the checkpoint holds, too.")
-        weights |= tensors
-    return weights
+            raise CheckpointError(
+                f"{path} holds {min(twice)}, which another file of the checkpoint holds, too: fetch or save it again."
+            )
+        found[path] = tensors
+        seen |= tensors.keys()
+    return found
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -67,9 +82,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or holds more than tensors.
     """
-    require_file(path)
     try:
         if path.suffix == ".safetensors":
+            read_header(path)
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         tensors = _load(path)
@@ -80,13 +95,30 @@ def read_file(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and loading it could run code: get it as safetensors, or save its state "
             "dict by itself."
         ) from problem
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(value, Tensor) and value.layout == torch.strided for value in tensors.values()
-    ):
+    if not isinstance(tensors, Mapping) or not all(map(_is_dense, tensors.values())):
         raise CheckpointError(
             f"{path} is not a state dict: it must hold dense tensors by name and nothing else. Save it again."
         )
     return dict(tensors)
+
+
+def read_header(path: Path) -> bytes:
+    """The list of tensors at the head of a safetensors file, as it is written; empty where the file has none.
+
+    Raises:
+        CheckpointError: it is longer than those of models, so that reading it would hold up the machine.
+    """
+    with open_file(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= LONGEST_HEADER else b""
+    if length > max(LONGEST_HEADER, path.stat().st_size):  # no list at all, which safetensors says
+        return b""
+    if length > LONGEST_HEADER or header.count(b":") > 4 * MOST_TENSORS:  # four a tensor
+        raise CheckpointError(
+            f"{path} begins with a list of {length:,} bytes, longer than one of {MOST_TENSORS:,} tensors, more than "
+            "are read from one file: fetch it again, or save the model in shards."
+        )
+    return header
 
 
 def write_weights(
@@ -148,7 +180,15 @@ def _all_there(files: list[Path]) -> tuple[Path, ...]:
     return tuple(files)
 
 
+def _is_dense(value: Any) -> bool:
+    """Whether it is a tensor with a number in the file for each of its elements, not one number for millions."""
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
 def _load(path: Path) -> object:
+    require_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as problem:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hydra_vlm.errors import CheckpointError
 from hydra_vlm.models.untrusted import refusing_code
-from hydra_vlm.models.weights import few, read_file, weight_files
+from hydra_vlm.models.weights import few, read_files, weight_files
 
 AGAIN = "fetch the folder again, or save it again from a whole model"
 
@@ -36,7 +36,7 @@ def load_whole(kind: Any, folder: Path, **how: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: a tensor is missing, of another shape or kind, NaN or infinite, or a file cannot be read.
     """
-    files = {} if "gguf_file" in how else {path: read_file(path) for path in _stored(folder)}
+    files = {} if "gguf_file" in how else read_files(_stored(folder))
     try:
         with refusing_code(f"model {folder}"), _without_report():
             model, found = kind.from_pretrained(

@@ -19,8 +19,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
-from hydra_vlm.errors import DiskFullError
+from hydra_vlm.errors import DiskFullError, HydraError
 from hydra_vlm.faults import disk_full_told
+from hydra_vlm.models.weights import read_header
 from hydra_vlm.reading import read_json
 
 LAST_WRITTEN = "trainer_state.json"
@@ -130,13 +131,14 @@ def best_weights(folder: Path, step: int) -> Path:
 def _reads(path: Path) -> bool:
     try:
         if path.suffix == ".safetensors":
+            read_header(path)
             with safe_open(path, framework="pt") as opened:  # which compares the header with the file's size
                 opened.keys()
                 return True
         if path.suffix in ARCHIVES:
             with zipfile.ZipFile(path) as archive:
                 return archive.testzip() is None
-    except (OSError, SafetensorError, zipfile.BadZipFile, EOFError, ValueError):
+    except (OSError, HydraError, SafetensorError, zipfile.BadZipFile, EOFError, ValueError):
         return False
     return True
 
