@@ -4,7 +4,7 @@ Its file is a program of whoever made the model: rules that make texts grow, exp
 that are drawn by chance. It is tried on drawn texts in a copy of the process before the first record.
 """
 
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,18 @@ def _fault(tokenizer: Any) -> str:
 
 
 def _reading_fault(tokenizer: Any) -> str:
-    for text in TEXTS:
-        for marks in (False, True):
-            read: Callable[[], list[int]] = lambda text=text, marks=marks: tokenizer(  # noqa: E731
-                text, add_special_tokens=marks
-            )["input_ids"]
-            ids, allowed = read(), FEW + TIMES * len(text.encode())
-            if len(ids) > allowed:
-                return f"makes {len(ids):,} tokens of a text for which {allowed:,} are allowed"
-            if any(read() != ids for _ in range(3)):
-                return "reads the same text differently each time (dropout among its merges?)"
+    for text, marks in product(TEXTS, (False, True)):
+        ids, allowed = _read(tokenizer, text, marks), FEW + TIMES * len(text.encode())
+        if len(ids) > allowed:
+            return f"makes {len(ids):,} tokens of a text for which {allowed:,} are allowed"
+        if any(_read(tokenizer, text, marks) != ids for _ in range(3)):
+            return "reads the same text differently each time (dropout among its merges?)"
     return ""
+
+
+def _read(tokenizer: Any, text: str, marks: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=marks)["input_ids"]
+    return ids
 
 
 def _writing_fault(tokenizer: Any) -> str:
