@@ -126,6 +126,7 @@ MAY_IMPORT = {
         "reading",
         "records",
         "schedule",
+        "signals",
         "strict",
     ),
     "planning": ("allocation", "benchmarks", "config", "data", "errors", "graph", "models", "schedule"),

@@ -22,6 +22,7 @@ from hydra_vlm.report.comparison import Comparison, _merged, compare
 from hydra_vlm.report.page import write_report
 from hydra_vlm.report.run import load_run
 from hydra_vlm.schedule import RankSchedule, hand_schedule
+from hydra_vlm.signals import Signal
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +258,7 @@ def test_a_run_that_is_not_complete_says_what_is_missing(tmp_path: Path, missing
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert says in text
     assert "Unfinished: coarse-seed9" in text
+    assert ("<h3>Gradient norm</h3>" in text) == missing.get("profile", True)
 
 
 def test_a_folder_with_a_configuration_only(tmp_path: Path) -> None:
@@ -288,6 +290,22 @@ def test_figures_of_small_and_large_models(tmp_path: Path, n_layers: int) -> Non
     heat = figures.rank_map(fine, 4).data[0]
     assert [list(row) for row in heat.z] == [list(layer.values()) for layer in fine.by_layer()]
     assert list(heat.x) == ["Q", "K", "V", "O", "Gate", "Up", "Down"]
+
+
+def test_every_measured_signal_has_a_map_under_its_name(tmp_path: Path) -> None:
+    graph = llama_graph("tiny", 8, 64, 176)
+    signal = Signal(graph, "effective_rank", tuple(map(float, range(len(graph.projections)))), 8, "Directions <b>.")
+    fake_run(tmp_path, names=(), profile=False)
+    write_json(tmp_path / "signals/effective_rank.json", signal.to_json())
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<h3>Effective rank</h3>" in text
+    assert "Directions &lt;b&gt;. 8 steps." in text
+    heat = figures.signal_map(signal).data[0]
+    assert [list(row) for row in heat.z] == [list(layer.values()) for layer in signal.by_layer()]
+    assert "effective rank" in heat.hovertemplate
+    (tmp_path / "signals/effective_rank.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"effective_rank\.json does not read"):
+        write_report(tmp_path)
 
 
 def test_the_report_loads_no_torch() -> None:

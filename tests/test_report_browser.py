@@ -87,7 +87,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 def test_every_figure_is_drawn_without_an_error(opened: Opened) -> None:
     figures = opened.body.count('class="plot"')
-    assert figures == 11  # curve, components, 4 rank maps, budget, score, difference, 2 of losses
+    assert figures == 12  # curve, components, gradient-norm map, 4 rank maps, budget, score, difference, 2 of losses
     assert f'data-figures="{figures}"' in opened.root
     assert "data-errors" not in opened.root
     for block in opened.body.split('class="plot"')[1:]:

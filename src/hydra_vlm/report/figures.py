@@ -19,6 +19,7 @@ from hydra_vlm.records import TrialRecord
 from hydra_vlm.report.comparison import Measure
 from hydra_vlm.report.statistics import Interval
 from hydra_vlm.schedule import RankSchedule, Stages, format_stages
+from hydra_vlm.signals import Signal
 
 INK, GRID, MUTED = "#1f2933", "#e4e7eb", "#7b8794"
 ORANGE, BLUE, VERMILION = "#e69f00", "#0072b2", "#d55e00"
@@ -121,24 +122,44 @@ def rank_map(schedule: RankSchedule, reach: float) -> go.Figure:
     Grey is the rank of uniform LoRA on the same budget, blue is above it and orange below; `reach` is the
     distance from it (in ranks) with full colour, common to maps that are to be compared.
     """
-    graph, middle = schedule.graph, schedule.budget / schedule.graph.cost
-    layers = schedule.by_layer()
-    ranks = [[layer.get(component) for component in graph.components] for layer in layers]
-    figure = _figure(height=96 + 23 * graph.n_layers)
-    figure.add_heatmap(
-        z=ranks,
-        x=[_label(symbol(component)) for component in graph.components],
-        y=[_label(graph.label(layer)) for layer in range(graph.n_layers)],
+    middle = schedule.budget / schedule.graph.cost
+    return _map(
+        schedule.graph,
+        schedule.by_layer(),
         zmin=middle - reach,
         zmax=middle + reach,
         colorscale=[list(stop) for stop in RANK_SCALE],
+        texttemplate="%{z}",
+        hovertemplate="layer %{y}, %{x}: rank %{z}<extra></extra>",
+    )
+
+
+def signal_map(signal: Signal) -> go.Figure:
+    """A signal as a layers × components map with the number in each cell; blue is the largest, white is zero."""
+    return _map(
+        signal.graph,
+        signal.by_layer(),
+        zmin=0,
+        zmax=max(signal.values) or 1,
+        colorscale=[[0, "#ffffff"], [1, RANK_SCALE[-1][1]]],
+        texttemplate="%{z:.3~g}",
+        hovertemplate=f"layer %{{y}}, %{{x}}: {_label(signal.title)} %{{z:.4~g}}<extra></extra>",
+    )
+
+
+def _map(graph: ComputationGraph, cells: Sequence[Mapping[str, float]], **heat: Any) -> go.Figure:
+    """A number for each layer and component (`cells` is component -> number by layer) as a heat map."""
+    figure = _figure(height=96 + 23 * graph.n_layers)
+    figure.add_heatmap(
+        z=[[layer.get(component) for component in graph.components] for layer in cells],
+        x=[_label(symbol(component)) for component in graph.components],
+        y=[_label(graph.label(layer)) for layer in range(graph.n_layers)],
         showscale=False,
         xgap=2,
         ygap=2,
-        texttemplate="%{z}",
         textfont={"size": 12, "color": INK},
-        hovertemplate="layer %{y}, %{x}: rank %{z}<extra></extra>",
         hoverongaps=False,
+        **heat,
     )
     figure.update_xaxes(side="top", showgrid=False, ticks="", tickfont_size=12, tickangle=0)
     figure.update_yaxes(

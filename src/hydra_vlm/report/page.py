@@ -191,7 +191,7 @@ def _unanswered(run: RunData) -> list[str]:
 def _gradients(run: RunData) -> str:
     profile = run.profile
     if profile is None:
-        return missing("The folder has no profile.json: gradient norms were not measured in this run.")
+        return missing("The folder has no profile.json: gradient norms were not measured in this run.") + _maps(run)
     stages = _stages(run)
     coloured = " Colours are the stages, lowest norm first." if stages else ""
     curve = plot(
@@ -206,7 +206,14 @@ def _gradients(run: RunData) -> str:
         "keeps A's gradients small at first. The ratio is to the mean of all components.",
         "Gradient norm by component",
     )
-    return curve + grid([bars, _component_table(profile)])
+    return curve + grid([bars, _component_table(profile)]) + _maps(run)
+
+
+def _maps(run: RunData) -> str:
+    """Every measured signal by layer and component, under the name of its kind."""
+    signals = [*([run.profile.signal()] if run.profile else []), *run.signals]
+    maps = [plot(figures.signal_map(s), f"{s.about} {s.steps} steps.".strip(), s.title.capitalize()) for s in signals]
+    return grid(maps, "maps")
 
 
 def _component_table(profile: GradientNormProfile) -> str:

@@ -12,6 +12,7 @@ from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.reading import PAGE, read_json, read_json_lines, read_text
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.signals import Signal
 
 Credits = Mapping[str, float]
 """Credit from 0 to 1 by question id."""
@@ -34,6 +35,8 @@ class RunData:
     trials: tuple[TrialRecord, ...]
     verdicts: Mapping[str, Mapping[str, Credits]]
     unfinished: tuple[str, ...] = ()
+    signals: tuple[Signal, ...] = ()
+    """What was measured beside the profile."""
 
 
 def load_run(folder: Path) -> RunData:
@@ -43,10 +46,11 @@ def load_run(folder: Path) -> RunData:
     """
     config, environment, profile = (_own(folder, name) for name in ("config.yaml", "environment.json", "profile.json"))
     schedules = [_read(path, RankSchedule.from_json) for path in _found(folder, "schedules/*.json")]
+    signals = [_read(path, Signal.from_json) for path in _found(folder, "signals/*.json")]
     homes = [path for path in _found(folder, "trials/*") if path.is_dir()]
     done = [home for home in homes if os.path.lexists(home / "record.json")]
     trials = [_read(_own(home, "record.json"), TrialRecord.from_json) for home in done]
-    if not (os.path.lexists(config) or os.path.lexists(profile) or schedules or homes):
+    if not (os.path.lexists(config) or os.path.lexists(profile) or signals or schedules or homes):
         raise RunFolderError(
             f"{folder} is not a run folder: it has no config.yaml, profile.json, schedules or trials. "
             "Name the folder that was given to --out."
@@ -60,6 +64,7 @@ def load_run(folder: Path) -> RunData:
         trials=tuple(sorted(trials, key=lambda t: (place(t.name), t.seed))),
         verdicts={trial.key: _read_verdicts(home) for home, trial in zip(done, trials, strict=True)},
         unfinished=tuple(home.name for home in homes if home not in done),
+        signals=tuple(signals),
     )
 
 
