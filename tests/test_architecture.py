@@ -66,9 +66,9 @@ MAY_IMPORT = {
         "verification",
     ),
     "data": ("errors", "files", "names", "reading", "strict", "trial_copy"),
-    "benchmarks": ("errors", "data", "files", "names", "ownership", "reading", "strict"),
+    "benchmarks": ("errors", "data", "files", "graph", "names", "ownership", "reading", "strict"),
     "inputs": ("benchmarks", "data", "errors", "files", "ownership", "reading"),
-    "records": ("benchmarks", "names", "schedule"),
+    "records": ("benchmarks", "graph", "names", "schedule"),
     "rankbench": (
         "allocation",
         "door",

@@ -250,6 +250,7 @@ def test_the_last_steps_loss_is_logged_whatever_the_interval(place: Place) -> No
 def test_the_interval_follows_the_number_of_steps(tmp_path: Path) -> None:
     made = [recipe.training_arguments(TrainingConfig(steps=n), 0, tmp_path, torch.device("cpu")) for n in (1, 79, 400)]
     assert [one.logging_steps for one in made] == [1, 1, 10]
+    assert [one.warmup_steps for one in made] == [0, 0.03, 0.03]  # the first step of a warm-up has rate 0
     settings = TrainingConfig(steps=None, epochs=2.5, batch_size=4)
     assert [settings.total_steps(n) for n in (1, 4, 9)] == [3, 3, 8]
     assert TrainingConfig(steps=7).total_steps(10**6) == 7

@@ -161,12 +161,19 @@ def test_the_place_is_the_file_or_the_override(tmp_path: Path) -> None:
         *(("bf16", "training.precision"), ("model_name_or_path", "model"), ("max_seq_length", "data.max_length")),
         *(("training.lr", "training.learning_rate"), ("steps", "training.steps"), ("seed", "seeds")),
         *(("rank", "budget.rank"), ("bugdet.rank", "budget"), ("lora_rnak", "budget.rank")),
+        ("training.early_stopping_patience", "training.patience"),
         *(("Learning_Rate", "training.learning_rate"), ("training.wramup_ratio", "training.warmup_ratio")),
     ],
 )
 def test_the_nearest_key_is_nearest_by_meaning(key: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
         load_config(None, split_overrides([f"{key}=1"]))
+
+
+def test_one_wrong_item_of_a_list_is_one_error() -> None:
+    with pytest.raises(ConfigError, match=r"seeds\.0") as problem:
+        load_config(None, split_overrides(["seeds=[-1]"]))
+    assert "at least 1 item" not in str(problem.value)
 
 
 def test_what_is_no_key_is_said_in_another_way() -> None:

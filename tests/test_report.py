@@ -123,7 +123,7 @@ def test_intervals_over_different_numbers_of_questions_are_told_once() -> None:
 def test_without_a_validation_file_losses_are_left_out(tmp_path: Path) -> None:
     fake_run(tmp_path, names=("uniform", "fine"), seeds=(0, 1, 2))
     for path in tmp_path.glob("trials/*/record.json"):
-        write_json(path, json.loads(path.read_text()) | {"validation_loss": float("nan")})
+        write_json(path, json.loads(path.read_text()) | {"validation_loss": None})
     comparison = compare(load_run(tmp_path))
     assert len(comparison.findings()) == 1
     assert all(row[1] != "validation loss" for row in comparison.differences())

@@ -197,7 +197,7 @@ class TrainingConfig(_Section):
     batch_size: Batch = Field(32, description="global batch: per-device batch x accumulation x devices")
     device_batch_size: Batch | None = Field(None, description="what fits on one device (default: the global batch)")
     group_by_length: bool = Field(False, description="batches of records of about the same length: less padding")
-    warmup_ratio: Share = 0.03
+    warmup_ratio: Share = Field(0.03, description="share of the steps; its first has rate 0, so a single step has none")
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = Field(1.0, description="0: no clipping")
     dropout: Share = Field(0.0, description="LoRA dropout")
@@ -473,6 +473,8 @@ def _assign(values: dict[str, Any], override: Override) -> None:
 def _explain(problem: ValidationError, file: str, overrides: Sequence[Override]) -> str:
     """What is wrong, key by key; the first five."""
     errors = problem.errors(include_url=False)
+    within = {error["loc"][:-1] for error in errors}
+    errors = [error for error in errors if not (error["type"] == "too_short" and error["loc"] in within)]
     lines = [_fault(error, file, overrides) for error in errors[:5]]
     return "; ".join(lines + ([f"and {len(errors) - 5} more"] if len(errors) > 5 else []))
 

@@ -23,7 +23,10 @@ def write_text(path: Path, text: str) -> None:
 
     Raises:
         DiskFullError: there is no room; what was there is there still.
+        RunFolderError: a folder is in the file's place.
     """
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder, where a file is to be written: move it away, and repeat the command")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_full_told(path, _old_file_kept, needed=len(text)):
         try:
@@ -64,6 +67,11 @@ def read_value(path: Path, from_json: Callable[[Any], Value], remedy: str, limit
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
         what = "is damaged" if isinstance(problem, ValueError) else "does not hold what it should"
         raise RunFolderError(f"{path} {what} ({type(problem).__name__}: {problem}): {remedy}") from None
+
+
+def read_kept(path: Path, from_json: Callable[[Any], Value], remedy: str, limit: int = SETTINGS) -> Value | None:
+    """As `read_value`, or None where nothing is there; what is there and no file is refused, not overlooked."""
+    return read_value(path, from_json, remedy, limit) if os.path.lexists(path) else None
 
 
 @contextmanager

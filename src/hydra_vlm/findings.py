@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -184,7 +185,9 @@ def _final_records(run: Path, best: Best, seeds: tuple[int, ...]) -> Records:
             if not path.is_file():
                 raise RunFolderError(f"{path} is missing, so the search is not done: start the same command again")
             remedy = "remove it and start the same command again, which trains and scores this run anew"
-            found.setdefault(name, {})[seed] = read_value(path, TrialRecord.from_json, remedy)
+            found.setdefault(name, {})[seed] = read_value(
+                path, partial(TrialRecord.from_json, key=path.parent.name), remedy
+            )
     return found
 
 

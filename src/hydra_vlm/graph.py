@@ -12,9 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra_vlm.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
 
 PAPER_SYMBOLS: Mapping[str, str] = {
     "q_proj": "Q",
@@ -242,6 +244,13 @@ def finite(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{str(value)[:40]!r} is no finite number")
     return float(value)
+
+
+def at_least(least: int, value: Number) -> Number:
+    """The value; raises ValueError where it is less than `least`."""
+    if value < least:
+        raise ValueError(f"{value} is below {least}")
+    return value
 
 
 def llama_graph(

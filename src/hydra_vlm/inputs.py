@@ -16,7 +16,7 @@ from hydra_vlm.benchmarks.suite import Task, published
 from hydra_vlm.data.digests import Content, contents_of
 from hydra_vlm.data.preflight import Checked
 from hydra_vlm.errors import RunFolderError
-from hydra_vlm.files import read_value, write_json
+from hydra_vlm.files import read_kept, write_json
 from hydra_vlm.ownership import contents
 from hydra_vlm.reading import TABLE
 
@@ -168,12 +168,11 @@ def require_unchanged(folder: Path, names: Sequence[str], made: Path) -> None:
 def read_inputs(folder: Path) -> Inputs:
     """What a run folder is bound to; nothing where an earlier version made it."""
     stored = folder / INPUTS
-    if not stored.is_file():
-        return {}
     advice = "remove it if all that the run has read is unchanged, else name another --out"
-    return read_value(
+    found = read_kept(
         stored, lambda data: {name: Group.from_json(group) for name, group in data.items()}, advice, TABLE
     )
+    return found or {}
 
 
 def differences(name: str, before: Group, now: Group) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra_vlm.benchmarks.protocol import Score
+from hydra_vlm.graph import at_least, finite, whole
 from hydra_vlm.schedule import RankSchedule
 
 
@@ -65,10 +66,10 @@ class TrialRecord:
         )
 
     def metrics(self) -> list[dict[str, float | None]]:
-        """Losses by step, training's and validation's; a validation loss that is no number is None."""
+        """Losses by step, training's and validation's; one that is no number is None."""
         found: dict[int, dict[str, float | None]] = {}
         for step, loss in self.train_losses:
-            found.setdefault(step, {"step": step})["loss"] = loss
+            found.setdefault(step, {"step": step})["loss"] = _finite(loss)
         for step, loss in self.validation_losses:
             found.setdefault(step, {"step": step})["validation_loss"] = _finite(loss)
         return [found[step] for step in sorted(found)]
@@ -79,7 +80,7 @@ class TrialRecord:
             "seed": self.seed,
             "schedule": self.schedule.to_json() if self.schedule else None,
             "trained": self.trained,
-            "train_losses": [list(pair) for pair in self.train_losses],
+            "train_losses": [[step, _finite(loss)] for step, loss in self.train_losses],
             "validation_loss": _finite(self.validation_loss),
             "scores": [score.to_json() for score in self.scores],
             "seconds": self.seconds,
@@ -89,26 +90,54 @@ class TrialRecord:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "TrialRecord":
-        schedule = data["schedule"]
-        return cls(
-            name=data["name"],
-            seed=data["seed"],
+    def from_json(cls, data: dict[str, Any], key: str | None = None) -> "TrialRecord":
+        """The inverse of `to_json`; `key` is the name of the folder in which the record lies, where it lies in one.
+
+        Raises:
+            ValueError, KeyError, TypeError: a number is missing, none, or out of range, or it is another trial's.
+        """
+        schedule, kept = data["schedule"], data.get("kept_step")
+        found = cls(
+            name=_text(data["name"]),
+            seed=at_least(0, whole(data["seed"])),
             schedule=RankSchedule.from_json(schedule) if schedule else None,
-            trained=data["trained"],
-            train_losses=tuple((int(step), float(loss)) for step, loss in data["train_losses"]),
-            validation_loss=_number(data["validation_loss"]),
-            scores=tuple(Score.from_json(s) for s in data["scores"]),
-            seconds=data["seconds"],
-            started_from=data.get("started_from"),
-            validation_losses=tuple((int(step), _number(loss)) for step, loss in data.get("validation_losses", ())),
-            kept_step=data.get("kept_step"),
+            trained={_text(part): at_least(0, whole(count)) for part, count in dict(data["trained"]).items()},
+            train_losses=_losses(data["train_losses"]),
+            validation_loss=_loss(data["validation_loss"]),
+            scores=tuple(Score.from_json(score) for score in data["scores"]),
+            seconds=at_least(0, finite(data["seconds"])),
+            started_from=None if data.get("started_from") is None else _text(data["started_from"]),
+            validation_losses=_losses(data.get("validation_losses", ())),
+            kept_step=None if kept is None else at_least(1, whole(kept)),
         )
+        found._require_sense(key)
+        return found
+
+    def _require_sense(self, key: str | None) -> None:
+        """Raises ValueError where parts of a record contradict each other or its place."""
+        if key is not None and self.key != key:
+            raise ValueError(f"it is the record of {self.key!r}, and lies in the folder of {key!r}")
+        names = [score.benchmark for score in self.scores]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a benchmark has two scores ({', '.join(names)})")
+        if self.kept_step is not None and self.kept_step not in dict(self.validation_losses):
+            raise ValueError(f"kept_step is {self.kept_step}, a step without a validation loss")
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON knows no nan
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _loss(value: Any) -> float:
+    """A cross entropy; null stands for one that is no number."""
+    return math.nan if value is None else at_least(0, finite(value))
+
+
+def _losses(pairs: Any) -> tuple[tuple[int, float], ...]:
+    return tuple((at_least(0, whole(step)), _loss(loss)) for step, loss in pairs)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} is no text")
+    return value

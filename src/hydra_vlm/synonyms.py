@@ -46,6 +46,11 @@ _WORDS: Mapping[str, str] = {
     "training.trackers": "report_to logger loggers tracker wandb",
     "training.save_steps": "save_every save_interval save_freq checkpoint_steps",
     "training.watch_steps": "eval_steps eval_interval val_check_interval",
+    "training.patience": "early_stopping early_stopping_patience early_stop_patience early_stopping_steps",
+    "training.keep": "load_best_model_at_end keep_best save_best save_best_only",
+    "training.b_ratio": "loraplus_lr_ratio loraplus_ratio lora_plus_ratio lorap_lr_ratio lr_ratio",
+    "training.tower_learning_rate": "vision_lr vision_tower_lr mm_vision_tower_lr vit_lr",
+    "training.start_from": "adapter adapters adapter_path adapter_name_or_path lora_path lora_model_dir init_adapter",
     "training.packed_rows": "packing neat_packing sample_packing padding_free",
     "training.workers": "num_workers n_workers dataloader_num_workers preprocessing_num_workers",
     "training.compile": "torch_compile",
@@ -62,6 +67,7 @@ _OTHERWISE: Mapping[str, str] = {
     "give the folder with the option --out": "output_dir output out save_dir run_dir logging_dir",
     'start it with `accelerate launch --config_file "$(hydra-vlm devices fsdp)"`': "deepspeed fsdp zero_stage",
     "the learning rate always follows a cosine after its warm-up": "lr_scheduler_type lr_scheduler scheduler",
+    "losses are logged forty times a run, or after each step of a short one": "logging_steps log_every log_interval",
     "the same command goes on where it stopped": "resume resume_from_checkpoint overwrite_output_dir",
 }
 

@@ -31,7 +31,7 @@ from hydra_vlm.data.templates import require_template
 from hydra_vlm.errors import ConfigError, RunFolderError, StageError
 from hydra_vlm.evaluation import answer_tasks, tower_features, with_features
 from hydra_vlm.faults import disk_full_told
-from hydra_vlm.files import read_value, write_json, write_lines
+from hydra_vlm.files import read_kept, read_value, write_json, write_lines
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.inputs import bind, data_inputs, model_inputs, require_unchanged, task_inputs
 from hydra_vlm.lora import save_adapter
@@ -64,7 +64,7 @@ from hydra_vlm.training.trackers import require_trackers
 ZERO_SHOT = "zero-shot"
 SPENT = "spent.json"
 DAMAGED_SCHEDULE = "remove the folder of this trial, which is then trained anew"
-DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint"
+DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint, or anew where none is left"
 Say = Callable[[str], None]
 
 
@@ -179,7 +179,7 @@ def scaling_of(config: Config) -> Scaling:
 
 def finished(stored: Path) -> TrialRecord | None:
     """The record of a finished trial; None where there is none yet."""
-    return read_value(stored, TrialRecord.from_json, DAMAGED_RECORD) if stored.is_file() else None
+    return read_kept(stored, partial(TrialRecord.from_json, key=stored.parent.name), DAMAGED_RECORD)
 
 
 def run_trial(
@@ -240,7 +240,7 @@ def _require_own_schedule(folder: Path, schedule: RankSchedule | None, of_record
     stored = folder / "schedule.json"
     if schedule is None:
         return
-    before = of_record or (read_value(stored, RankSchedule.from_json, DAMAGED_SCHEDULE) if stored.is_file() else None)
+    before = of_record or read_kept(stored, RankSchedule.from_json, DAMAGED_SCHEDULE)
     if before is None:
         write_json(stored, schedule.to_json())
     elif (before.ranks, before.scaling) != (schedule.ranks, schedule.scaling):

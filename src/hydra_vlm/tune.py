@@ -54,7 +54,7 @@ def tune(config: Config, out: Path, say: Say = print) -> RunFolder:
         if STAGED & set(config.schedules):
             require_stages(study.graph, study.budget, config.allocation.n_stages)
         measured = measure(study, [config.profile.signal, *needed_kinds(study)], say)
-        schedules = allocate_all(study, measured)
+        schedules = allocate_all(study, measured, say)
         if config.evaluation.zero_shot and study.tasks:
             run_trial(study, ZERO_SHOT, None, 0, say)
         for seed in config.seeds:
@@ -85,7 +85,7 @@ def needed_kinds(study: Study) -> list[str]:
     return [kind for kind in needs if kind is not None]
 
 
-def allocate_all(study: Study, measured: Mapping[str, Measured]) -> dict[str, RankSchedule]:
+def allocate_all(study: Study, measured: Mapping[str, Measured], say: Say = print) -> dict[str, RankSchedule]:
     """Every schedule asked for, under the same budget; "full" has none. `measured` is what `measure` returns."""
     request = allocation_request(study.config, study.graph, measured)
     wanted = [name for name in study.config.schedules if name not in (FULL, OWN)]
@@ -93,6 +93,8 @@ def allocate_all(study: Study, measured: Mapping[str, Measured]) -> dict[str, Ra
     if OWN in study.config.schedules:
         schedules[OWN] = own_ranks(study)
     for name, schedule in schedules.items():
+        if schedule.delta is not None and schedule.delta < request.delta:
+            say(f"{name}: allocation.delta {request.delta} does not fit the budget, {schedule.delta} is in force")
         by_first(partial(write_json, study.folder.schedule(name), schedule.to_json()))
     return schedules
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
+
+from hydra_vlm.graph import at_least, finite, whole
 
 Rule = Literal["published", "corrected"]
 """How answers are judged: as the reference's own scorer does, or with its known mistakes put right."""
@@ -132,7 +134,20 @@ class Score:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Score":
-        return cls(**data)
+        """The inverse of `to_json`; raises ValueError or TypeError on a field or a number that no score has."""
+        found = cls(**data)
+        if not isinstance(found.benchmark, str) or found.rule not in get_args(Rule):
+            raise ValueError(f"a score has the name of a benchmark and one of its rules, found {data!r:.100}")
+        told = [number for number in (found.error, found.otherwise) if number is not None]
+        for number in (found.value, *found.groups.values(), *told):
+            at_least(0, finite(number))
+        for count in (found.n, found.unanswered, *found.counts.values()):
+            at_least(0, whole(count))
+        if found.value > finite(found.maximum) * (1 + 1e-9) or found.maximum <= 0:
+            raise ValueError(f"a score of {found.value} lies beyond its maximum, {found.maximum}")
+        if found.unanswered > found.n:
+            raise ValueError(f"{found.unanswered} of {found.n} questions are without an answer")
+        return found
 
 
 class Benchmark(Protocol):

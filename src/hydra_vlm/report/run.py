@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ def load_run(folder: Path) -> RunData:
     signals = [_read(path, Signal.from_json) for path in _found(folder, "signals/*.json")]
     homes = [path for path in _found(folder, "trials/*") if path.is_dir()]
     done = [home for home in homes if os.path.lexists(home / "record.json")]
-    trials = [_read(_own(home, "record.json"), TrialRecord.from_json) for home in done]
+    trials = [_read(_own(home, "record.json"), partial(TrialRecord.from_json, key=home.name)) for home in done]
     if not (os.path.lexists(config) or os.path.lexists(profile) or signals or schedules or homes):
         raise RunFolderError(
             f"{folder} is not a run folder: it has no config.yaml, profile.json, schedules or trials. "

@@ -233,7 +233,7 @@ def training_arguments(
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_ratio,
+        warmup_steps=settings.warmup_ratio if steps != 1 else 0,  # whose first step has rate 0
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=OPTIMIZERS[settings.optimizer],
