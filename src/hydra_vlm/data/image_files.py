@@ -52,11 +52,9 @@ def examine(path: str, max_pixels: int) -> tuple[tuple[int, int] | None, str]:
 def size_fault(path: str, size: tuple[int, int], max_pixels: int) -> str:
     """Whether an image of this (width, height) has more pixels than allowed once it is made square; "" if not."""
     width, height = size
-    if fault := _shape_fault(path, size):
-        return fault
     pixels = max(width, height) ** 2
     if pixels <= max_pixels:
-        return ""
+        return _shape_fault(path, size)
     return (
         f"image {path} has {width} x {height} pixels; made square that is {pixels:,}, more than "
         f"data.max_image_pixels {max_pixels:,}: make it smaller or raise the limit"
