@@ -64,7 +64,7 @@ TOWER = {
     "image_size": 32,
     "patch_size": 8,
 }
-SCALINGS = (Scaling(), Scaling("fixed", 16.0), Scaling("rslora", 3.0))
+SCALINGS = (Scaling(), Scaling("fixed", 16.0), Scaling("rslora", 3.0), Scaling("balanced", 2.0, 4))
 
 
 def text_config() -> LlamaConfig:
@@ -306,7 +306,9 @@ def test_the_uniform_rank_is_one_that_vllm_permits_unless_asked(trained: Trained
     assert "will refuse this adapter of rank 600" in notes[600]
 
 
-@pytest.mark.parametrize(("ranks", "scaling"), [(mixed, SCALINGS[2]), (mixed, SCALINGS[1]), (same, SCALINGS[0])])
+@pytest.mark.parametrize(
+    ("ranks", "scaling"), [(mixed, SCALINGS[2]), (mixed, SCALINGS[1]), (mixed, SCALINGS[3]), (same, SCALINGS[0])]
+)
 def test_original_comes_back_through_the_converter(
     ranks: Callable[[ComputationGraph], list[int]],
     scaling: Scaling,

@@ -297,6 +297,15 @@ def test_a_run_that_lacks_a_later_key_goes_on_by_its_default(tmp_path: Path) -> 
         open_run(run, load_config(None, ["training.warmup_ratio=0.1"]), {})
 
 
+def test_a_run_of_a_rule_that_was_the_default_goes_on_where_the_rule_is_named(tmp_path: Path) -> None:
+    for _ in range(2):
+        open_run(tmp_path, load_config(None, ["scaling.rule=constant"]), {})
+        (tmp_path / "trials" / "uniform-seed0").mkdir(parents=True, exist_ok=True)
+    assert open_run(tmp_path, load_config(tmp_path / "config.yaml"), {}).path == tmp_path
+    with pytest.raises(RunFolderError, match=r"scaling\.rule: 'constant' there, 'balanced' now"):
+        open_run(tmp_path, load_config(None), {})
+
+
 def test_a_trial_keeps_its_schedule(home: Path) -> None:
     moved(home)
     study = trials.prepare_study(configured(home), home / "run", quiet)

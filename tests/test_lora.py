@@ -50,7 +50,7 @@ TEXT = LlamaConfig(
 TOWER = CLIPVisionConfig(
     hidden_size=16, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=16, patch_size=4
 )
-SCALINGS = (Scaling(), Scaling("fixed", 16.0), Scaling("rslora", 3.0))
+SCALINGS = (Scaling(), Scaling("fixed", 16.0), Scaling("rslora", 3.0), Scaling("balanced", 2.0, 3))
 
 
 def llama() -> nn.Module:

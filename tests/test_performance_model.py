@@ -142,7 +142,7 @@ def test_scaled_inputs_ignore_what_did_not_vary() -> None:
     scaling = InputScaling.of(encode(SCHEDULES))
     assert np.abs(scaling.flat(encode(SCHEDULES)).mean(axis=0)).max() < 1e-9
     assert np.square(scaling.flat(encode(SCHEDULES))[:, :56]).mean() == pytest.approx(1)
-    other = encode([replace(s, scaling=Scaling("constant", 8.0)) for s in ASKED])
+    other = encode([replace(s, scaling=Scaling("balanced", 8.0)) for s in ASKED])
     assert np.all(scaling.scalars(other)[:, 1:] == 0)
     assert np.abs(scaling.scalars(encode(SCHEDULES))[:, 0]).max() < 3  # the used budget: rounding stays small
 

@@ -21,7 +21,7 @@ from hydra_vlm.report import figures
 from hydra_vlm.report.comparison import Comparison, _merged, compare
 from hydra_vlm.report.page import write_report
 from hydra_vlm.report.run import load_run
-from hydra_vlm.schedule import RankSchedule, hand_schedule
+from hydra_vlm.schedule import RankSchedule, Scaling, hand_schedule
 from hydra_vlm.signals import Signal
 
 
@@ -276,6 +276,21 @@ def test_ranks_over_budget_are_marked(tmp_path: Path) -> None:
     assert "150.00 % OVER" in compare(run).table()
     assert "OVER BUDGET" in figures.budget_bars(run.schedules).to_json()
     assert figures.rank_reach(run.schedules) == 8
+
+
+def test_step_sizes_stand_beside_ranks(tmp_path: Path) -> None:
+    graph = llama_graph("tiny", 2, 64, 176)
+    made: dict[str, RankSchedule] = {}
+    for rule, text, told in (
+        ("constant", "9<sup>1.50</sup>", ", scale 2, step 1.50"),
+        ("balanced", "9", ", scale 1.333, step 1.00"),
+    ):
+        made[rule] = hand_schedule(graph, ((0,), (1,)), (1, 9), 4 * graph.cost, rule, Scaling(rule, 2.0))
+        heat = figures.rank_map(made[rule], 4).data[0]
+        assert (set(heat.text[1]), set(heat.customdata[1])) == ({text}, {told})
+    page = write_report(fake_run(tmp_path, names=("uniform",), n_layers=2, extra=made)).read_text(encoding="utf-8")
+    assert "1: 2 (0.50), 9: 2 (1.50)" in page
+    assert "1: 4 (1.00), 9: 1.333 (1.00)" in page
 
 
 @pytest.mark.parametrize("n_layers", [1, 8, 40])

@@ -5,7 +5,11 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hydra_vlm.allocation import AllocationRequest, Budget, uniform
+from hydra_vlm.config import Config
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import ComputationGraph, Projection, llama_graph, preset
 from hydra_vlm.profile import GradientNormProfile
@@ -48,6 +52,7 @@ def test_bad_stages(text: str, message: str) -> None:
         (Scaling("constant", 0.5), 0.5, 8.0),
         (Scaling("fixed", 256), 16.0, 256.0),
         (Scaling("rslora", 8), 2.0, 32.0),
+        (Scaling("balanced", 2.0, 4), 1.0, 16.0),
     ],
 )
 def test_scaling(scaling: Scaling, scale: float, alpha: float) -> None:
@@ -57,10 +62,46 @@ def test_scaling(scaling: Scaling, scale: float, alpha: float) -> None:
 
 
 def test_bad_scaling() -> None:
-    with pytest.raises(ConfigError, match="constant, fixed, rslora"):
+    with pytest.raises(ConfigError, match="balanced, constant, fixed, rslora"):
         Scaling("linear")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="positive"):
         Scaling("fixed", 0)
+    with pytest.raises(ConfigError, match="'rslora' has no standard rank"):
+        Scaling("rslora", 2.0, 4)
+    with pytest.raises(ConfigError, match="1 or more, got 0"):
+        Scaling("balanced", 2.0, 0)
+    with pytest.raises(ConfigError, match="needs the budget's uniform rank"):
+        Scaling("balanced").scale(4)
+
+
+@given(st.floats(1e-3, 1e3), st.integers(1, 512), st.lists(st.integers(1, 512), min_size=21, max_size=21))
+def test_balanced_modules_step_as_far_as_those_of_uniform_lora(value: float, rank: int, ranks: list[int]) -> None:
+    schedule = RankSchedule(
+        "z", TINY, tuple(ranks), rank * TINY.cost + TINY.cost - 1, scaling=Scaling("balanced", value)
+    )
+    assert schedule.scaling == Scaling("balanced", value, rank)
+    assert schedule.scaling.scale(rank) == value  # uniform LoRA's, to the bit
+    for r, (scale, step) in schedule.steps().items():
+        assert math.isclose(scale * math.sqrt(r), value * math.sqrt(rank))
+        assert math.isclose(schedule.scaling.alpha(r) / r, scale)
+        assert math.isclose(schedule.scaling.stabilised().scale(r), scale)
+        assert math.isclose(step, 1)
+    assert RankSchedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
+
+
+def test_the_standard_rank_is_the_budgets_unless_it_was_said() -> None:
+    ranks = (1,) * 21
+    kept = RankSchedule("wide", TINY, ranks, 8 * TINY.cost, scaling=Scaling("balanced", 2.0, 4))
+    assert kept.scaling.standard_rank == 4
+    small = RankSchedule("small", TINY, ranks, TINY.cost - 1, scaling=Scaling("balanced"))
+    assert small.scaling.standard_rank == 1
+    plain = RankSchedule("plain", TINY, ranks, 4 * TINY.cost, scaling=Scaling("constant")).to_json()
+    assert plain["scaling"] == {"rule": "constant", "value": 2.0}  # as files have it that know no standard rank
+    plain["scaling"]["rule"] = "balanced"
+    assert RankSchedule.from_json(plain).scaling == Scaling("balanced", 2.0, 4)
+    wish = Config().scaling
+    measured = uniform(AllocationRequest(TINY, Budget.of_rank(TINY, 7), scaling=Scaling(wish.rule, wish.value)))
+    assert (measured.scaling.standard_rank, measured.steps()) == (7, {7: (2.0, 1.0)})
 
 
 @pytest.mark.parametrize(
@@ -117,11 +158,15 @@ def test_bad_schedules(change: dict[str, Any], message: str) -> None:
 def test_table_collapses_equal_neighbours_and_marks_missing_components() -> None:
     shapes = [(0, "qkv_proj", 8, 24), (0, "o_proj", 8, 8), (1, "qkv_proj", 8, 24), (2, "qkv_proj", 8, 24)]
     graph = ComputationGraph("uneven", tuple(Projection(*shape) for shape in shapes))
-    table = RankSchedule("mine", graph, (1, 2, 3, 3), budget=300).table()
-    assert [line.split() for line in table.splitlines()[:-1]] == [
+    table = RankSchedule("mine", graph, (1, 2, 3, 3), budget=300, scaling=Scaling("balanced", 2.0, 2)).table()
+    assert [line.split() for line in table.splitlines()[:-2]] == [
         ["layers", "qkv_proj", "o_proj", "parameters"],
         ["1", "1", "2", "64"],
         ["2-3", "3", "-", "192"],
+        ["rank", "scale", "step"],
+        ["1", "2.828", "1.00"],
+        ["2", "2", "1.00"],
+        ["3", "1.633", "1.00"],
     ]
     assert table.splitlines()[-1] == "mine: 256 of 300 parameters (85.33%), 44 unspent"
 

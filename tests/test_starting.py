@@ -1,5 +1,6 @@
 """Training that starts from an adapter: the same function at any larger rank, the best part of it at a smaller one."""
 
+import itertools
 import json
 import re
 import shutil
@@ -21,8 +22,9 @@ from hydra_vlm.config import load_config
 from hydra_vlm.errors import AdapterError, BudgetError, HydraError, RunFolderError
 from hydra_vlm.lora import attach, save_adapter
 from hydra_vlm.models.loading import LoadedModel, load_model
+from hydra_vlm.resizing import LowRank
 from hydra_vlm.schedule import RankSchedule, Scaling
-from hydra_vlm.starting import OWN, begin, kept_share, own_schedule, read_start
+from hydra_vlm.starting import OWN, Start, begin, kept_share, own_schedule, read_start
 from hydra_vlm.training.recipe import adapting
 from striking import Place, killing
 from tiny import toy_config, write_toy_data
@@ -154,6 +156,19 @@ def test_our_own_adapter_is_started_from_with_its_projector(
     own = own_schedule(start, base.parts, schedule.budget, CONSTANT)
     assert (own.ranks, own.scaling.scale(2)) == (schedule.ranks, 4.0)
     assert_same_sums(started(base, tmp_path / "adapter", own), logits(loaded, model))
+
+
+def test_the_scales_of_a_balanced_adapter_are_its_own_whatever_the_run_asks_for(base: LoadedModel) -> None:
+    names, shapes = base.parts.names(), base.parts.graph.projections
+    theirs = Scaling("balanced", 2.0, 4)
+    made = {
+        name: LowRank(torch.ones(rank, p.in_features), torch.ones(p.out_features, rank), theirs.scale(rank))
+        for name, p, rank in zip(names, shapes, itertools.cycle((1, 2, 7)), strict=False)
+    }
+    start = Start(Path("theirs"), "", made, {n: u.scale * u.rank for n, u in made.items()}, False, None)
+    own = own_schedule(start, base.parts, 9 * base.parts.graph.cost, CONSTANT)
+    assert (own.scaling.rule, own.scaling.standard_rank) == ("balanced", 9)
+    assert [own.scaling.scale(r) for r in own.ranks] == pytest.approx([made[name].scale for name in names])
 
 
 def test_names_of_transformers_4_are_understood(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from typing import Literal, get_args
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile, require_same_graph, stages_of
-from hydra_vlm.schedule import REFERENCE_SCALING, RankSchedule, Scaling, Stages, check_stages
+from hydra_vlm.schedule import DEFAULT_SCALING, RankSchedule, Scaling, Stages, check_stages
 from hydra_vlm.signals import GRADIENT_NORM, Signal
 from hydra_vlm.spending import Ascent, Worth, fill, in_proportion, repair
 
@@ -140,7 +140,7 @@ class AllocationRequest:
     setting: int = 1
     rule: FineRule = "paper"
     seed: int = 0
-    scaling: Scaling = REFERENCE_SCALING
+    scaling: Scaling = DEFAULT_SCALING
     signals: tuple[Signal, ...] = ()
     signal: str = GRADIENT_NORM
 

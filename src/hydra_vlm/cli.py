@@ -125,12 +125,24 @@ def schedule(
         Literal["paper", "profile"], typer.Option(help="Fine ranks by the paper's rule or by measured norms.")
     ] = "paper",
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="For the random schedule.")] = 0,
+    scaling: Annotated[
+        Literal["balanced", "constant", "fixed", "rslora"],
+        typer.Option(
+            help="Factor on LoRA's update at rank r: value·√(r_0/r) with r_0 the budget's uniform rank; value; "
+            "value/r; value/√r."
+        ),
+    ] = "balanced",
+    scaling_value: Annotated[float, typer.Option(help="The value of --scaling; balanced: uniform LoRA's α/r.")] = 2.0,
     out: Annotated[Path | None, typer.Option(help="Write the schedule to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a budget and stages (or a measured profile) into ranks. Loads no torch."""
+    """Turn a budget and stages (or a measured profile) into ranks. Loads no torch.
+
+    Beside each rank stand its scale and its step size, scale · √rank, relative to uniform LoRA's.
+    """
     from hydra_vlm.commands.schedule import make_schedule
     from hydra_vlm.files import require_file_place, write_json
+    from hydra_vlm.schedule import Scaling
 
     if out is not None:
         require_file_place(out)
@@ -147,6 +159,7 @@ def schedule(
         setting=setting,
         rule=rule,
         seed=seed,
+        scaling=Scaling(scaling, scaling_value),
     )
     if out is not None:
         write_json(out, made.to_json())

@@ -171,9 +171,12 @@ class AllocationConfig(_Section):
 
 
 class ScalingConfig(_Section):
-    """LoRA's update is scaled by α/r: `constant` keeps α/r at `value`; `fixed` keeps α; `rslora` uses value/√r."""
+    """LoRA's update is scaled by α/r: `constant` keeps α/r at `value`; `fixed` keeps α; `rslora` uses value/√r.
 
-    rule: Literal["constant", "fixed", "rslora"] = "constant"
+    `balanced` uses value · √(r_0/r), r_0 being the uniform rank of the budget: no module steps further for its rank.
+    """
+
+    rule: Literal["balanced", "constant", "fixed", "rslora"] = "balanced"
     value: Positive = 2.0
 
 

@@ -148,7 +148,8 @@ def _plan(study: Study, trials: optuna.Study, objective: Objective, say: Say) ->
 
 def space_of(config: Config, graph: ComputationGraph, profile: GradientNormProfile) -> Space:
     """The solution space that the configuration asks for."""
-    wish, budget, scaling = config.search, resolve_budget(graph, config), scaling_of(config)
+    wish, budget = config.search, resolve_budget(graph, config)
+    scaling = scaling_of(config).under(graph, budget.parameters)
     around = Tuning.around(config.training.learning_rate, scaling.scale(max(1, budget.rank)))
     return Space(
         graph,

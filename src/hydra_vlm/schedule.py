@@ -10,7 +10,7 @@ Symbols of the paper: Z rank schedule, g(G, Z) its parameters, C the budget, S_i
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import DECODER, ComputationGraph, finite, whole
 
 Stages = tuple[tuple[int, ...], ...]
-ScalingRule = Literal["constant", "fixed", "rslora"]
+ScalingRule = Literal["balanced", "constant", "fixed", "rslora"]
 
 
 def check_stages(stages: Stages, n_layers: int) -> None:
@@ -70,27 +70,55 @@ def _ranges(layers: Sequence[int]) -> list[str]:
     return [f"{run[0] + 1}-{run[-1] + 1}" if len(run) > 1 else f"{run[0] + 1}" for run in runs]
 
 
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column flush right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
 @dataclass(frozen=True)
 class Scaling:
     """What LoRA's update is multiplied with, by rank.
 
-    constant: the same `value` at every rank, so that ranks do not change effective learning rates; 2 is the
-    reference recipe's alpha 256 at rank 128. fixed: value / rank, `value` being a fixed lora_alpha.
-    rslora: value / sqrt(rank), rank-stabilised.
+    A module's step grows with scale · sqrt(rank). balanced: value · sqrt(standard_rank / rank), so that every module
+    steps as far as in uniform LoRA of `standard_rank` (r_0), whose scale is exactly `value` (s_0). r_0 follows from a
+    budget: without it the rule is a wish, which `under` a budget becomes a scaling. constant: `value` at every rank; 2
+    is the reference recipe's alpha 256 at rank 128. fixed: value / rank, `value` being a fixed lora_alpha. rslora:
+    value / sqrt(rank), rank-stabilised.
+
+    Raises ConfigError for another rule, a value that is not positive, an r_0 below 1 or with another rule.
     """
 
     rule: ScalingRule = "constant"
     value: float = 2.0
+    standard_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(ScalingRule):
             raise ConfigError(f"scaling rule {self.rule!r} is unknown: use one of {', '.join(get_args(ScalingRule))}.")
         if not (math.isfinite(self.value) and self.value > 0):
             raise ConfigError(f"scaling value must be a positive number, got {self.value}.")
+        if self.standard_rank is not None and self.rule != "balanced":
+            raise ConfigError(f"scaling rule {self.rule!r} has no standard rank: leave out {self.standard_rank}.")
+        if self.standard_rank is not None and self.standard_rank < 1:
+            raise ConfigError(f"scaling's standard rank must be 1 or more, got {self.standard_rank}.")
+
+    def under(self, graph: ComputationGraph, budget: int) -> "Scaling":
+        """This scaling with its r_0: the rank of uniform LoRA under `budget` parameters, 1 where that is below 1.
+
+        As it is where it has an r_0 or its rule needs none.
+        """
+        if self.rule != "balanced" or self.standard_rank is not None:
+            return self
+        return replace(self, standard_rank=uniform_rank(graph, budget))
 
     def scale(self, rank: int) -> float:
         """The factor on B·A at this rank (>= 1)."""
         match self.rule:
+            case "balanced":
+                if self.standard_rank is None:
+                    raise ConfigError("scaling rule 'balanced' needs the budget's uniform rank: take it `under` one.")
+                return self.value * math.sqrt(self.standard_rank / rank)
             case "constant":
                 return self.value
             case "fixed":
@@ -102,9 +130,38 @@ class Scaling:
         """lora_alpha that gives `scale` in PEFT's plain form alpha / r, with use_rslora off for all rules."""
         return self.value if self.rule == "fixed" else self.scale(rank) * rank
 
+    def stabilised(self) -> "Scaling":
+        """The same scales by rule rslora where that gives them: one alpha for all ranks; else as it is."""
+        if self.rule != "balanced":
+            return self
+        return Scaling("rslora", self.scale(1))
 
-REFERENCE_SCALING = Scaling()
-"""alpha / r = 2 at every rank."""
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready object; `standard_rank` where there is one."""
+        said = {} if self.standard_rank is None else {"standard_rank": self.standard_rank}
+        return {"rule": self.rule, "value": self.value, **said}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Scaling":
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
+        rank = data.get("standard_rank")
+        return cls(data["rule"], finite(data["value"]), None if rank is None else whole(rank))
+
+    def __str__(self) -> str:
+        at = "" if self.standard_rank is None else f" at rank {self.standard_rank}"
+        return f"{self.rule} {self.value:g}{at}"
+
+
+def uniform_rank(graph: ComputationGraph, budget: int) -> int:
+    """The largest rank of uniform LoRA under `budget` parameters, 1 where they do not pay it."""
+    return max(1, budget // graph.cost)
+
+
+REFERENCE_SCALING = Scaling("constant", 2.0)
+"""alpha / r = 2 at every rank, the reference recipe's."""
+
+DEFAULT_SCALING = Scaling("balanced", 2.0)
+"""The reference recipe's scale for uniform LoRA; at other ranks, the scale with which modules step as far."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,7 +171,7 @@ class RankSchedule:
     `ranks` is aligned with `graph.projections`; 0 means that the projection is not adapted.
     `stages` and `delta` (the Δd in force) tell where the ranks came from, where they came from stages.
     A schedule over its budget may exist (Config2 and Config3 of the paper's Table V do) and says so in
-    `over_budget`; allocators never return one.
+    `over_budget`; allocators never return one. A `scaling` that needs an r_0 and has none gets that of the budget.
 
     Raises ConfigError when ranks do not fit the graph or are negative or the budget is not positive,
     StageError when stages do not.
@@ -126,7 +183,7 @@ class RankSchedule:
     budget: int
     stages: Stages | None = None
     delta: int | None = None
-    scaling: Scaling = REFERENCE_SCALING
+    scaling: Scaling = DEFAULT_SCALING
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.graph.projections):
@@ -143,6 +200,7 @@ class RankSchedule:
                 )
         if self.stages is not None:
             check_stages(self.stages, self.graph.n_layers)
+        object.__setattr__(self, "scaling", self.scaling.under(self.graph, self.budget))  # the field is frozen
 
     @cached_property
     def parameters(self) -> int:
@@ -180,8 +238,19 @@ class RankSchedule:
             layers[p.layer][p.component] = rank
         return layers
 
+    def steps(self) -> dict[int, tuple[float, float]]:
+        """Rank -> scale and step size, for the ranks that occur, ascending; 0 is left out.
+
+        The step size is scale · sqrt(rank), relative to that of uniform LoRA under the same budget and scaling.
+        """
+        scale, standard = self.scaling.scale, uniform_rank(self.graph, self.budget)
+        whole_step = scale(standard) * math.sqrt(standard)
+        ranks = sorted(set(self.ranks) - {0})
+        return {rank: (scale(rank), scale(rank) * math.sqrt(rank) / whole_step) for rank in ranks}
+
     def table(self) -> str:
-        """Plain text: a line for each run of layers with equal ranks, the use of the budget, what is not adapted."""
+        """Plain text: a line for each run of layers with equal ranks, the scale and step size of each rank, the use of
+        the budget, what is not adapted."""
         components = self.graph.components
         rows = [["layers", *components, "parameters"]]
         for ranks, run in groupby(enumerate(self.by_layer()), key=lambda pair: pair[1]):
@@ -191,9 +260,10 @@ class RankSchedule:
             part, first = self.graph.place(layers[0])
             within = _ranges([first + layer - layers[0] for layer in layers])[0]
             rows.append([within if part == DECODER else f"{part} {within}", *cells, f"{parameters:,}"])
-        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, self.usage(), *self.graph.notes])
+        steps = [[str(rank), f"{scale:.4g}", f"{step:.2f}"] for rank, (scale, step) in self.steps().items()]
+        meaning = f"scaling {self.scaling}; step: scale · √rank, relative to uniform LoRA's"
+        by_rank = [*_aligned([["rank", "scale", "step"], *steps]), meaning]
+        return "\n".join([*_aligned(rows), *by_rank, self.usage(), *self.graph.notes])
 
     def usage(self) -> str:
         """One line: parameters used, of how many, and what is left or too much."""
@@ -213,7 +283,7 @@ class RankSchedule:
             "budget": self.budget,
             "stages": None if self.stages is None else format_stages(self.stages),
             "delta": self.delta,
-            "scaling": {"rule": self.scaling.rule, "value": self.scaling.value},
+            "scaling": self.scaling.to_json(),
         }
 
     @classmethod
@@ -230,7 +300,7 @@ class RankSchedule:
                 budget=whole(data["budget"]),
                 stages=None if stages is None else parse_stages(stages, graph.n_layers),
                 delta=None if data["delta"] is None else whole(data["delta"]),
-                scaling=Scaling(data["scaling"]["rule"], finite(data["scaling"]["value"])),
+                scaling=Scaling.from_json(data["scaling"]),
             )
             claimed = whole(data["parameters"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -254,7 +324,7 @@ def hand_schedule(
     stage_ranks: Sequence[int],
     budget: int,
     name: str,
-    scaling: Scaling = REFERENCE_SCALING,
+    scaling: Scaling = DEFAULT_SCALING,
 ) -> RankSchedule:
     """A schedule written by hand: one rank (0 allowed) for all projections of each stage, as in Table V.
 

@@ -7,8 +7,8 @@ to the base is then written into the adapter that is trained, at that one's rank
 import hashlib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ def own_schedule(start: Start, parts: ModelParts, budget: int, otherwise: Scalin
         BudgetError: it has more parameters than the budget allows.
     """
     ranks = tuple(start.updates[name].rank if name in start.updates else 0 for name in parts.names())
-    schedule = RankSchedule(OWN, parts.graph, ranks, budget, scaling=_scaling(start) or otherwise)
+    scaling = _scaling(start, Scaling("balanced", 1.0).under(parts.graph, budget)) or otherwise
+    schedule = RankSchedule(OWN, parts.graph, ranks, budget, scaling=scaling)
     if schedule.over_budget:
         raise BudgetError(
             f"the adapter in {start.folder} has {schedule.parameters:,} parameters, the budget is {budget:,}: set "
@@ -298,15 +299,22 @@ def _alpha(folder: Path, config: Mapping[str, Any], name: str) -> float:
     return float(alpha)
 
 
-def _scaling(start: Start) -> Scaling | None:
-    """The rule that gives all of the adapter's scales; None where none does."""
+def _scaling(start: Start, balanced: Scaling) -> Scaling | None:
+    """The rule that gives all of the adapter's scales; None where none does. `balanced` has the run's r_0, value 1."""
     alphas = set(start.alphas.values())
     if start.stabilised:
         return Scaling("rslora", alphas.pop()) if len(alphas) == 1 else None
-    scales = {update.scale for update in start.updates.values()}
-    if max(scales) - min(scales) <= 1e-9 * max(scales):
+    scales = [update.scale for update in start.updates.values()]
+    if _equal(scales):
         return Scaling("constant", max(scales))
-    return Scaling("fixed", alphas.pop()) if len(alphas) == 1 else None
+    if len(alphas) == 1:
+        return Scaling("fixed", alphas.pop())
+    values = [update.scale / balanced.scale(update.rank) for update in start.updates.values()]
+    return replace(balanced, value=max(values)) if _equal(values) else None
+
+
+def _equal(values: Sequence[float]) -> bool:
+    return max(values) - min(values) <= 1e-9 * max(values)
 
 
 def _require_projector(

@@ -173,7 +173,7 @@ def resolve_budget(graph: ComputationGraph, config: Config) -> Budget:
 
 
 def scaling_of(config: Config) -> Scaling:
-    """The scaling that the configuration asks for."""
+    """The scaling that the configuration asks for; each schedule takes it under its own budget."""
     return Scaling(config.scaling.rule, config.scaling.value)
 
 
@@ -255,7 +255,7 @@ def _first_difference(before: RankSchedule, now: RankSchedule) -> str:
     for place, was, asked in zip(now.graph.projections, before.ranks, now.ranks, strict=False):
         if was != asked:
             return f"{place.component} of layer {place.layer} had rank {was}, and has {asked} now"
-    return f"its scaling was {before.scaling.rule} {before.scaling.value}"
+    return f"its scaling was {before.scaling}, and is {now.scaling} now"
 
 
 def _keep_record(record: TrialRecord, folder: Path) -> None:

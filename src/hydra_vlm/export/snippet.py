@@ -5,6 +5,7 @@ lora_r, lora_alpha, lora_target_modules, lora_rank_pattern, lora_alpha_pattern, 
 peft_use_rslora to LoraConfig as they are (docs/lora.qmd, loaders/adapter.py); it takes whole numbers as alphas.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ def export_snippet(source: Source, draft: Path) -> Outcome:
     Raises GraphMismatchError for a schedule of another model, AdapterError when PEFT builds something else.
     """
     model = bare_model(source)
-    keywords = lora_keywords(lora_config(source.schedule, source.parts(model), source.dropout))
+    parts, schedule = source.parts(model), source.schedule
+    keywords = lora_keywords(lora_config(schedule, parts, source.dropout))
     write_json(draft / LORA_CONFIG, keywords)
     _check(source, read_json(draft / LORA_CONFIG), LORA_CONFIG)
     checked = f"LoraConfig(**{LORA_CONFIG}) built on the model, {len(source.schedule.graph.projections)} ranks as asked"
-    broken = [alpha for alpha in (keywords["lora_alpha"], *keywords["alpha_pattern"].values()) if alpha != int(alpha)]
+    if broken_alphas(keywords):
+        stabilised = replace(schedule, scaling=schedule.scaling.stabilised())
+        keywords = lora_keywords(lora_config(stabilised, parts, source.dropout))
+    broken = broken_alphas(keywords)
     if broken:
         note = f"no {AXOLOTL}: axolotl takes whole numbers as alphas, this schedule needs {broken[0]:g}"
         return Outcome(checked, notes=(note,))
@@ -58,6 +63,11 @@ def export_snippet(source: Source, draft: Path) -> Outcome:
 def lora_keywords(config: LoraConfig) -> dict[str, Any]:
     """The keyword arguments that make an equal LoraConfig, JSON-ready."""
     return {keyword: getattr(config, keyword) for keyword in AXOLOTL_KEYS}
+
+
+def broken_alphas(keywords: dict[str, Any]) -> list[float]:
+    """The alphas that are no whole numbers."""
+    return [alpha for alpha in (keywords["lora_alpha"], *keywords["alpha_pattern"].values()) if alpha != int(alpha)]
 
 
 def axolotl_text(source: Source, keywords: dict[str, Any]) -> str:

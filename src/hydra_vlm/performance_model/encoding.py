@@ -18,13 +18,13 @@ import numpy.typing as npt
 from hydra_vlm.errors import DataError, GraphMismatchError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
-from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.schedule import RankSchedule, uniform_rank
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 SCALARS = ("used budget", "log2 reference rank", "log2 scale")
-"""The numbers of a whole schedule: g / C, C in rank, and the mean of log2 of LoRA's scale over what is adapted."""
+"""The numbers of a whole schedule: g / C, C in rank, and log2 of LoRA's scale at the budget's uniform rank."""
 
 PROFILE_SCALARS = ("share by norm", "rank by norm")
 """Two more with a profile: the budget's shares and the mean of log2(1 + r / R), weighted with relative norms."""
@@ -168,9 +168,8 @@ def _by_layer(values: FloatArray, graph: ComputationGraph) -> FloatArray:
 
 
 def _log2_scale(schedule: RankSchedule) -> float:
-    adapted = [rank for rank in schedule.ranks if rank]
-    logs = {rank: math.log2(schedule.scaling.scale(rank)) for rank in set(adapted)}
-    return sum(logs[rank] for rank in adapted) / max(1, len(adapted))
+    # At one rank, so that what follows from the ranks alone is no second account of them.
+    return math.log2(schedule.scaling.scale(uniform_rank(schedule.graph, schedule.budget)))
 
 
 def _sums(graph: ComputationGraph, shares: FloatArray, relative: FloatArray) -> FloatArray:

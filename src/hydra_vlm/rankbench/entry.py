@@ -8,20 +8,23 @@ from hydra_vlm.allocation import Budget
 from hydra_vlm.errors import DataError
 from hydra_vlm.graph import ComputationGraph, whole
 from hydra_vlm.profile import GradientNormProfile
-from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.schedule import REFERENCE_SCALING, RankSchedule
 from hydra_vlm.search.space import Candidate, Space, Value
 
 SpaceName = Literal["closed", "open"]
 
+SCALING = REFERENCE_SCALING
+"""What the table's trials were trained with."""
+
 
 def closed_space(graph: ComputationGraph, budget: Budget, profile: GradientNormProfile) -> Space:
     """The paper's space, with Δd up to R_standard: at small budgets its default range holds little contrast."""
-    return Space(graph, budget, profile, deltas=(1, max(2, budget.rank)))
+    return Space(graph, budget, profile, deltas=(1, max(2, budget.rank)), scaling=SCALING)
 
 
 def open_space(graph: ComputationGraph, budget: Budget, profile: GradientNormProfile) -> Space:
     """A rank for every projection, 0 meaning not adapted."""
-    return Space(graph, budget, profile, open=True)
+    return Space(graph, budget, profile, open=True, scaling=SCALING)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Entry:
 
     def schedule(self, graph: ComputationGraph, budget: Budget) -> RankSchedule:
         """The schedule under the table's budget, named by the id."""
-        return RankSchedule(self.id, graph, self.ranks, budget.parameters)
+        return RankSchedule(self.id, graph, self.ranks, budget.parameters, scaling=SCALING)
 
     def candidate(self, graph: ComputationGraph, budget: Budget) -> Candidate:
         """The candidate as samplers know it."""

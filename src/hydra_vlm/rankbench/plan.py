@@ -13,7 +13,7 @@ from hydra_vlm.allocation import ALLOCATORS, TABLE_VI, AllocationRequest, Budget
 from hydra_vlm.errors import BudgetError, ConfigError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile
-from hydra_vlm.rankbench.entry import Entry, SpaceName, closed_space, open_space
+from hydra_vlm.rankbench.entry import SCALING, Entry, SpaceName, closed_space, open_space
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.search.membership import adopt
 from hydra_vlm.search.proposals import mutate, repair, sample, scatter
@@ -95,7 +95,7 @@ def _by_rule(space: Space) -> Iterator[tuple[str, str, RankSchedule]]:
     graph, budget, profile = space.graph, space.budget, space.profile
     most = len(set(profile.layer_norms())) if profile is not None else 1
     high = max(2, budget.rank)
-    base = partial(AllocationRequest, graph, budget, profile)
+    base = partial(AllocationRequest, graph, budget, profile, scaling=SCALING)
     yield "uniform", "uniform", ALLOCATORS["uniform"](base())
     counts = [n for n in (2, 3, 4) if n <= most]
     asked: list[tuple[str, int, int, int, FineRule]]

@@ -117,21 +117,33 @@ def component_parts(profile: GradientNormProfile) -> dict[str, tuple[float, floa
 
 
 def rank_map(schedule: RankSchedule, reach: float) -> go.Figure:
-    """Ranks as a layers × components map with the number in each cell.
+    """Ranks as a layers × components map with the number in each cell, and raised beside it the step size where it is
+    not uniform LoRA's.
 
     Grey is the rank of uniform LoRA on the same budget, blue is above it and orange below; `reach` is the
     distance from it (in ranks) with full colour, common to maps that are to be compared.
     """
-    middle = schedule.budget / schedule.graph.cost
+    middle, layers = schedule.budget / schedule.graph.cost, schedule.by_layer()
+    ranks = [[layer.get(component) for component in schedule.graph.components] for layer in layers]
+    raised, told = _step_texts(schedule)
     return _map(
         schedule.graph,
-        schedule.by_layer(),
+        layers,
         zmin=middle - reach,
         zmax=middle + reach,
         colorscale=[list(stop) for stop in RANK_SCALE],
-        texttemplate="%{z}",
-        hovertemplate="layer %{y}, %{x}: rank %{z}<extra></extra>",
+        text=[["" if rank is None else f"{rank}{raised.get(rank, '')}" for rank in row] for row in ranks],
+        customdata=[["" if rank is None else told.get(rank, "") for rank in row] for row in ranks],
+        texttemplate="%{text}",
+        hovertemplate="layer %{y}, %{x}: rank %{z}%{customdata}<extra></extra>",
     )
+
+
+def _step_texts(schedule: RankSchedule) -> tuple[dict[int, str], dict[int, str]]:
+    """Rank -> its step size for a cell, where that is not uniform LoRA's, and its scale and step size in words."""
+    steps = schedule.steps()
+    raised = {rank: f"<sup>{step:.2f}</sup>" for rank, (_, step) in steps.items() if f"{step:.2f}" != "1.00"}
+    return raised, {rank: f", scale {scale:.4g}, step {step:.2f}" for rank, (scale, step) in steps.items()}
 
 
 def signal_map(signal: Signal) -> go.Figure:

@@ -22,6 +22,9 @@ from hydra_vlm.strict import parse_yaml
 MAX_MAPS = 6
 """Rank maps shown; further schedules are in the table only."""
 
+MAX_STEPS = 8
+"""Ranks of a schedule whose scales and steps are listed; of more, the lowest and the highest are."""
+
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """The browser itself refuses whatever the page would fetch."""
 
@@ -234,7 +237,10 @@ def _ranks(run: RunData) -> str:
     shown, reach = schedules[:MAX_MAPS], figures.rank_reach(schedules)
     maps = [plot(figures.rank_map(schedule, reach), "", schedule.name) for schedule in shown]
     left_out = f" The first {MAX_MAPS} of {len(schedules)} schedules are shown." if len(schedules) > MAX_MAPS else ""
-    caption = "Rank of every projection. Grey is uniform LoRA's rank on the same budget, blue more, orange less."
+    caption = (
+        "Rank of every projection. Grey is uniform LoRA's rank on the same budget, blue more, orange less. A module's "
+        "step size is scale · √rank, relative to uniform LoRA's; raised beside the rank where it is not 1."
+    )
     bars = plot(
         figures.budget_bars(schedules),
         "Trainable LoRA parameters, exactly; the upright line is the budget.",
@@ -244,7 +250,8 @@ def _ranks(run: RunData) -> str:
 
 
 def _schedule_table(schedules: Sequence[RankSchedule]) -> str:
-    cells = [["schedule", "parameters", "budget", "used", "ranks", "stages, lowest norm first", "Δd", "scaling"]]
+    head = ["schedule", "parameters", "budget", "used", "ranks", "stages, lowest norm first", "Δd", "scaling"]
+    cells = [[*head, "scale (step) by rank"]]
     for s in schedules:
         over = " OVER" if s.over_budget else ""
         low, high = min(s.ranks), max(s.ranks)
@@ -257,10 +264,17 @@ def _schedule_table(schedules: Sequence[RankSchedule]) -> str:
                 f"{low}" if low == high else f"{low}–{high}",
                 format_stages(s.stages).replace(",", ", ") if s.stages else "–",
                 "–" if s.delta is None else str(s.delta),
-                f"{s.scaling.rule} {s.scaling.value:g}",
+                str(s.scaling),
+                _steps(s),
             ]
         )
     return table(cells, numeric={1, 2, 3, 4, 6})
+
+
+def _steps(schedule: RankSchedule) -> str:
+    """Scale and step size of each rank; of the lowest and the highest where there are many."""
+    told = [f"{rank}: {scale:.4g} ({step:.2f})" for rank, (scale, step) in schedule.steps().items()]
+    return ", ".join(told) if len(told) <= MAX_STEPS else f"{told[0]} … {told[-1]}"
 
 
 def _training(run: RunData, comparison: Comparison) -> str:

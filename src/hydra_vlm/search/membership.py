@@ -23,7 +23,7 @@ def adopt(space: Space, schedule: RankSchedule, learning_rate: float | None = No
     if space.tuned is not None:
         tuned = (learning_rate or space.tuned.middle[0], space.scale_of(schedule.scaling))
         inside = map(_within, tuned, (space.tuned.learning_rate, space.tuned.scale))
-        if schedule.scaling.rule != space.scaling.rule or not all(inside):
+        if replace(schedule.scaling, value=space.scaling.value) != space.scaling or not all(inside):
             return None
     elif schedule.scaling != space.scaling:
         return None

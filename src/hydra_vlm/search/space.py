@@ -19,7 +19,7 @@ from hydra_vlm.allocation import Budget, FineRule
 from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.profile import GradientNormProfile, require_same_graph
-from hydra_vlm.schedule import REFERENCE_SCALING, RankSchedule, Scaling, Stages
+from hydra_vlm.schedule import DEFAULT_SCALING, RankSchedule, Scaling, Stages
 from hydra_vlm.search.staged import Choice, Span, StagedSpace, fitted, ranks_of
 from hydra_vlm.spending import fill, repair
 
@@ -51,7 +51,7 @@ class Tuning:
                 raise ConfigError(f"the range of {what} must be positive and in order, got {low} to {high}.")
 
     @classmethod
-    def around(cls, learning_rate: float, scale: float = REFERENCE_SCALING.value, factor: float = 4.0) -> "Tuning":
+    def around(cls, learning_rate: float, scale: float = DEFAULT_SCALING.value, factor: float = 4.0) -> "Tuning":
         """From a `factor`-th to `factor` times a recipe's own values."""
         return cls((learning_rate / factor, learning_rate * factor), (scale / factor, scale * factor))
 
@@ -84,7 +84,7 @@ class Space:
     deltas: Span | None = None
     offsets: Span = (-4, 4)
     rules: tuple[FineRule, ...] = ("paper", "profile")
-    scaling: Scaling = REFERENCE_SCALING
+    scaling: Scaling = DEFAULT_SCALING
 
     def __post_init__(self) -> None:
         for what, span, least in (
@@ -105,6 +105,8 @@ class Space:
             self._check_open()
         else:
             assert self.staged  # raises where no schedule is
+        scaling = self.scaling.under(self.graph, self.budget.parameters)
+        object.__setattr__(self, "scaling", scaling)  # as it is in every schedule of the space; the field is frozen
 
     def _check_open(self) -> None:
         least = min(self.graph.costs)

@@ -291,7 +291,8 @@ def require_study(run: Path) -> None:
 def digest(candidate: Candidate) -> str:
     """A name for what makes two candidates the same training run, the same on every machine."""
     ranks, scaling, rate = candidate.key
-    text = json.dumps([ranks, scaling.rule, scaling.value, rate])
+    standard = [] if scaling.standard_rank is None else [scaling.standard_rank]
+    text = json.dumps([ranks, scaling.rule, scaling.value, rate, *standard])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
