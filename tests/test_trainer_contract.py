@@ -16,6 +16,7 @@ from tiny import write_toy_data
 SIGNATURES = {
     "_get_train_sampler": ["train_dataset"],
     "create_optimizer": ["model"],
+    "create_scheduler": ["num_training_steps", "optimizer"],
     "create_accelerator_and_postprocess": [],
     "_get_dataloader": ["dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],

@@ -197,6 +197,18 @@ class TrainingConfig(_Section):
     tower_learning_rate: Rate | None = Field(
         None, description="of LoRA's A in the vision tower, where it is adapted (default: the learning rate)"
     )
+    ranks: Literal["fixed", "squeeze", "dynamic"] = Field(
+        "squeeze",
+        description="of the schedule `moving`: squeeze starts `width` times as wide as the budget and decides once, "
+        "dynamic three times; fixed stays at the budget's uniform rank",
+    )
+    width: Positive = Field(2.0, ge=1, le=64, description="the first ranks over the budget's uniform rank")
+    decide: Literal["uniform", "spectral", "hydra", "phi"] = Field(
+        "spectral", description="who decides the ranks that a wider adapter is squeezed to"
+    )
+    moments: Literal["carry", "restart"] = Field(
+        "carry", description="of the optimizer, where ranks move: taken along, or begun anew with a short ramp"
+    )
     batch_size: Batch = Field(32, description="global batch: per-device batch x accumulation x devices")
     device_batch_size: Batch | None = Field(None, description="what fits on one device (default: the global batch)")
     group_by_length: bool = Field(False, description="batches of records of about the same length: less padding")

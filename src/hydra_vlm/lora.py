@@ -440,15 +440,21 @@ def _verify_trainable(peft_model: PeftModel, schedule: RankSchedule, parts: Mode
         raise AdapterError(f"{count:,} LoRA parameters are trainable, the schedule has {schedule.parameters:,}.")
 
 
-def _draw(layer: LoraLayer, seed: int, name: str) -> None:
-    """A ~ U(-b, b) with b = 1/sqrt(in), which is PEFT's kaiming_uniform(a = sqrt(5)); B stays zero."""
+def fresh_rows(name: str, rank: int, features: int, seed: int) -> Tensor:
+    """A [rank, features] as a module of this name begins with; a smaller rank has the first rows of a larger one.
+
+    Uniform in ±1/sqrt(features), which is PEFT's kaiming_uniform(a = sqrt(5)).
+    """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return (2 * torch.rand(rank, features, generator=generator) - 1) / math.sqrt(features)
+
+
+@torch.no_grad()
+def _draw(layer: LoraLayer, seed: int, name: str) -> None:
+    """A as it begins; B stays zero."""
     weight = layer.lora_A[ADAPTER].weight
-    rank, features = weight.shape
-    rows = torch.rand(rank, features, generator=generator)
-    with torch.no_grad():
-        weight.copy_((2 * rows - 1) / math.sqrt(features))
+    weight.copy_(fresh_rows(name, weight.shape[0], weight.shape[1], seed))
 
 
 def _projector(model: nn.Module, parts: ModelParts) -> nn.Module:

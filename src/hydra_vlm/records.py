@@ -1,11 +1,14 @@
 """The record of one fine-tuning run: what was asked, what it cost, what came of it. No torch."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.graph import at_least, finite, whole
+from hydra_vlm.moving.plan import Move
+from hydra_vlm.pilot.candidates import Pilot
 from hydra_vlm.schedule import RankSchedule
 
 
@@ -22,6 +25,9 @@ class TrialRecord:
     `validation_losses` are those by step, the last step's among them. `kept_step` is the step of the weights that were
     kept where they were the best on the way (`training.keep`), else None: those of the last step. `started_from`
     is the SHA-256 of the adapter that training went on from.
+
+    `moves` are the decisions where ranks moved, `schedule` what they ended with; `pilot` chose the `learning_rates` by
+    part, where there was one.
     """
 
     name: str
@@ -35,6 +41,24 @@ class TrialRecord:
     started_from: str | None = None
     validation_losses: tuple[tuple[int, float], ...] = ()
     kept_step: int | None = None
+    moves: tuple[Move, ...] = ()
+    pilot: Pilot | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def first_schedule(self) -> RankSchedule | None:
+        """What training began with; `schedule` unless ranks moved."""
+        if not self.moves or self.schedule is None:
+            return self.schedule
+        return replace(self.moves[0].after, name="wide", ranks=self.moves[0].before)
+
+    @property
+    def most_trainable(self) -> int:
+        """The most LoRA parameters that were trained at a time."""
+        if self.schedule is None:
+            return self.trained.get("lora", 0)
+        ranks = [self.schedule.ranks, *(move.before for move in self.moves)]
+        return max(map(self.schedule.graph.parameters, ranks))
 
     @property
     def key(self) -> str:
@@ -87,6 +111,9 @@ class TrialRecord:
             **({"started_from": self.started_from} if self.started_from else {}),
             "validation_losses": [[step, _finite(loss)] for step, loss in self.validation_losses],
             "kept_step": self.kept_step,
+            "learning_rates": dict(self.learning_rates),
+            **({"pilot": self.pilot.to_json()} if self.pilot else {}),
+            **({"moves": [move.to_json() for move in self.moves]} if self.moves else {}),
         }
 
     @classmethod
@@ -109,6 +136,9 @@ class TrialRecord:
             started_from=None if data.get("started_from") is None else _text(data["started_from"]),
             validation_losses=_losses(data.get("validation_losses", ())),
             kept_step=None if kept is None else at_least(1, whole(kept)),
+            moves=tuple(Move.from_json(move) for move in data.get("moves", ())),
+            pilot=Pilot.from_json(data["pilot"]) if data.get("pilot") else None,
+            learning_rates={_text(part): finite(rate) for part, rate in dict(data.get("learning_rates", {})).items()},
         )
         found._require_sense(key)
         return found

@@ -59,19 +59,26 @@ class Moments:
 
 
 def resize(
-    update: LowRank, rank: int, scale: float, metric: Tensor | None = None, fresh: Tensor | None = None
+    update: LowRank,
+    rank: int,
+    scale: float,
+    metric: Tensor | None = None,
+    fresh: Tensor | None = None,
+    in_order: bool = False,
 ) -> tuple[LowRank, Coordinates]:
     """The update at another rank and scale, in its own dtype, and how to get there.
 
     `metric` is C, as a matrix [d_in, d_in] or its diagonal [d_in]; None counts all inputs alike. `fresh` holds the rows
     [k - r or more, d_in] that A gets when it grows. The root mean square of A's row norms stays what it was when it
-    shrinks.
+    shrinks. `in_order`: its directions stand from the one that carries most to that which carries least, also where the
+    rank stays; where it shrinks they always do.
 
     Raises ValueError for a rank below 1, or when it grows without enough fresh rows.
     """
     if rank < 1:
         raise ValueError(f"an update cannot be resized to rank {rank}: 1 is the least.")
-    way = _grown(update, rank, scale) if rank >= update.rank else _shrunk(update, rank, scale, metric)
+    anew = rank < update.rank or (in_order and rank == update.rank)
+    way = _shrunk(update, rank, scale, metric) if anew else _grown(update, rank, scale)
     new = max(0, rank - update.rank)
     if new and (fresh is None or len(fresh) < new):
         raise ValueError(f"growing from rank {update.rank} to {rank} needs {new} fresh rows for A.")

@@ -96,12 +96,17 @@ def repair(
 
 
 def fill(
-    ranks: Sequence[int], graph: ComputationGraph, budget: int, worth: Worth, order: Ascent | None = None
+    ranks: Sequence[int],
+    graph: ComputationGraph,
+    budget: int,
+    worth: Worth,
+    order: Ascent | None = None,
+    most: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Adds the affordable unit of rank that is worth most, again and again until none is affordable.
 
     Of equal worth, the higher rank and then the shallower layer gets first. Less than the cheapest increment
-    (with `order`: the cheapest that keeps it) is then unspent.
+    (with `order`: the cheapest that keeps it) is then unspent. With `most`, no rank exceeds its own there.
     """
     result = list(ranks)
     left = budget - graph.parameters(result)
@@ -110,7 +115,7 @@ def fill(
     blocked: set[int] = set()
     while heap:
         i = heappop(heap)[-1]
-        if graph.costs[i] > left:  # and stays so, as the rest only shrinks
+        if graph.costs[i] > left or (most is not None and result[i] >= most[i]):  # and stays so
             continue
         if order is not None and not order.may_raise(result, i):
             blocked.add(i)

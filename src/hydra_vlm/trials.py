@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_vlm.allocation import ALLOCATORS, STAGED, Budget, require_held
+from hydra_vlm.allocation import ALLOCATORS, STAGED, AllocationRequest, Budget, require_held
 from hydra_vlm.benchmarks.generation import Answering
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import finish, write_examples
@@ -37,6 +37,10 @@ from hydra_vlm.inputs import bind, data_inputs, model_inputs, require_unchanged,
 from hydra_vlm.lora import save_adapter
 from hydra_vlm.models.loading import LoadedModel, load_model, resolve_model
 from hydra_vlm.models.weights import write_model
+from hydra_vlm.moving.phases import first_folder, trained_moving
+from hydra_vlm.moving.plan import Move, Plan, plan_of
+from hydra_vlm.pilot.candidates import Pilot
+from hydra_vlm.pilot.run import piloted as pilot_run
 from hydra_vlm.planning.run import estimate
 from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.records import TrialRecord
@@ -45,12 +49,13 @@ from hydra_vlm.schedule import RankSchedule, Scaling
 from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_same_start
 from hydra_vlm.training.best import require_validation
 from hydra_vlm.training.frugality import require_frugality
+from hydra_vlm.training.job import Job
 from hydra_vlm.training.progress import Watch
+from hydra_vlm.training.rates import Rates
 from hydra_vlm.training.recipe import (
     FULL,
     Finetuned,
     InstructionData,
-    adapting,
     batch_arithmetic,
     finetune,
     prepare,
@@ -190,15 +195,18 @@ def run_trial(
     say: Say = print,
     learning_rate: float | None = None,
     watch: Watch | None = None,
+    moving: bool = False,
+    pilot: bool = False,
 ) -> TrialRecord:
     """Fine-tune with one schedule and seed, score, and keep the record; a finished trial is read back.
 
     "full" trains the whole decoder, "zero-shot" nothing. `learning_rate` replaces the configuration's. `watch` is told
-    the validation loss now and then; what it raises ends the trial.
+    the validation loss now and then; what it raises ends the trial. `moving`: ranks begin as the schedule's and move as
+    the configuration says. `pilot`: rates are chosen by a pilot first.
     """
     folder = study.folder.trial(f"{name}-seed{seed}")
     before = by_first(lambda: finished(folder / "record.json"))
-    by_first(lambda: _require_own_schedule(folder, schedule, None if before is None else before.schedule))
+    by_first(lambda: _require_own_schedule(folder, schedule, None if before is None else before.first_schedule))
     if before is not None:
         return before
     say(f"{name}, seed {seed}" + (f": {schedule.parameters:,} LoRA parameters" if schedule else ""))
@@ -211,13 +219,15 @@ def run_trial(
     settings = study.config.training
     if learning_rate is not None:
         settings = settings.model_copy(update={"learning_rate": learning_rate})
-    with _trained(study, name, schedule, seed, settings, folder, watch) as done:
+    wish = _Wish(name, schedule, moving, pilot)
+    with _trained(study, wish, seed, settings, folder, watch, say) as (done, ended, moves, piloted):
         scores = by_first(lambda: answer_and_score(study, done.model, folder))
     study.require_unchanged(folder)
+    rates = piloted.chosen.settings(settings) if piloted is not None else settings
     record = TrialRecord(
         name=name,
         seed=seed,
-        schedule=schedule,
+        schedule=ended,
         trained=done.trained,
         train_losses=done.train_losses,
         validation_loss=done.validation_loss,
@@ -226,6 +236,9 @@ def run_trial(
         started_from=start.digest if start is not None else None,
         validation_losses=done.validation_losses,
         kept_step=done.kept_step,
+        moves=moves,
+        pilot=piloted,
+        learning_rates={} if schedule is None else Rates.of(rates).to_json(),
     )
     by_first(lambda: _keep_record(record, folder))
     return record
@@ -279,20 +292,28 @@ def _seconds_before(folder: Path) -> float:
     return seconds
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """What a trial is to train: a schedule (None: the whole decoder, or nothing), whether it moves, whether rates are
+    chosen first."""
+
+    name: str
+    schedule: RankSchedule | None
+    moving: bool
+    pilot: bool
+
+
+_Trained = tuple[Finetuned, RankSchedule | None, tuple[Move, ...], Pilot | None]
+
+
 @contextmanager
 def _trained(
-    study: Study,
-    name: str,
-    schedule: RankSchedule | None,
-    seed: int,
-    settings: TrainingConfig,
-    folder: Path,
-    watch: Watch | None,
-) -> Iterator[Finetuned]:
-    """The trained model, its weights kept, while the block lasts."""
-    if name == ZERO_SHOT:
-        yield Finetuned(study.base.model, {}, (), math.nan)
-    elif schedule is None:
+    study: Study, wish: _Wish, seed: int, settings: TrainingConfig, folder: Path, watch: Watch | None, say: Say
+) -> Iterator[_Trained]:
+    """The trained model while the block lasts, its weights kept; the schedule that it ended with; moves; pilot."""
+    if wish.name == ZERO_SHOT:
+        yield Finetuned(study.base.model, {}, (), math.nan), None, (), None
+    elif wish.schedule is None:
         loaded = study.fresh_model()
         settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
         opened = prepare(loaded, None, settings, seed)
@@ -301,15 +322,25 @@ def _trained(
             opened, loaded, study.data, settings, seed, folder / "checkpoints", watch=watch, estimate=expected
         )
         by_first(lambda: keep_weights(loaded, done.model, None, folder))
-        yield done
+        yield done, None, (), None
     else:
-        with adapting(study.base, schedule, settings, seed) as opened:
-            expected = study.estimate("training")
-            done = finetune(
-                opened, study.base, study.data, settings, seed, folder / "checkpoints", watch=watch, estimate=expected
-            )
-            by_first(lambda: keep_weights(study.base, done.model, schedule, folder))
-            yield done
+        job = Job(study.base, study.data, settings, seed, folder / "checkpoints", study.estimate("training"), watch)
+        plan = _plan(study, wish.schedule, settings, wish.moving)
+        piloted = None
+        if wish.pilot:
+            job, piloted = pilot_run(job, wish.schedule, first_folder(job, plan), say)
+        request = AllocationRequest(study.graph, study.budget, scaling=wish.schedule.scaling)
+        with trained_moving(job, plan, request, say) as (done, ended, moves):
+            by_first(lambda: keep_weights(study.base, done.model, ended, folder))
+            yield done, ended, moves, piloted
+
+
+def _plan(study: Study, schedule: RankSchedule, settings: TrainingConfig, moving: bool) -> Plan:
+    if not moving:
+        return Plan(schedule, ())
+    steps = settings.total_steps(len(study.data.train))
+    points = plan_of(study.graph, study.budget, schedule.scaling, settings, steps).points
+    return Plan(schedule, points)
 
 
 def keep_weights(loaded: LoadedModel, model: Any, schedule: RankSchedule | None, folder: Path) -> None:

@@ -30,6 +30,7 @@ from hydra_vlm.training.checkpoints import Losses, best_step, validation_losses
 from hydra_vlm.training.even_batches import WithBlanks, blanking
 from hydra_vlm.training.frugality import OPTIMIZERS, checkpointing
 from hydra_vlm.training.guarded import Estimate, train_guarded
+from hydra_vlm.training.legs import WHOLE, EndOfLeg, Leg
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import Numbered, NumberedBatch
 from hydra_vlm.training.progress import LastLoss, LossProgress, ValidationWatch, Watch
@@ -153,13 +154,14 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     watch: Watch | None = None,
     estimate: Estimate = str,
+    leg: Leg = WHOLE,
 ) -> Finetuned:
     """Train what `prepare` opened; a run that was stopped goes on from its last whole checkpoint in `folder`.
 
     The data order follows from `seed` alone, so schedules are compared on the same batches. `watch` is told step and
     validation loss at `settings.watch_steps`; training goes on as it would without. Where `settings.keep` is best, the
     model ends with the weights of the lowest validation loss of these. `estimate` is asked for what the
-    run was expected to take, should memory run out.
+    run was expected to take, should memory run out. `leg` is the part of the run that is to be done now.
 
     Raises:
         HydraError: a loss that is no number, a record that no longer reads, no memory, no room on the disk; the best
@@ -168,7 +170,7 @@ def finetune(
     """
     require_validation(settings, validated=bool(data.validation))
     settings = settings.model_copy(update={"steps": settings.total_steps(len(data.train))})
-    keeping = [KeepBest(folder, settings.patience)] if settings.keep == BEST else []
+    keeping = [KeepBest(folder, settings.patience)] if settings.keep == BEST and leg.until is None else []
     numbered, validation = Numbered(data.train), Numbered(data.validation) if data.validation else None
     watched = [ValidationWatch(watch)] if watch is not None and validation is not None else []
     opened, several = to_take_apart(model), count() > 1
@@ -179,6 +181,7 @@ def finetune(
             parts=loaded.parts,
             positions=positions,
             rates=Rates.of(settings),
+            leg=leg,
             lengths=data.train.lengths if settings.group_by_length else None,
             finite=FiniteSteps(
                 folder.parent, settings.skip_spikes, numbered.told, validation.told if validation else None
@@ -193,6 +196,7 @@ def finetune(
                 *([Unreached(loaded.parts)] if several else []),
                 LastLoss(),
                 *keeping,
+                *([EndOfLeg(leg.until)] if leg.until is not None else []),
                 LossProgress(),
             ],
         )
@@ -201,7 +205,7 @@ def finetune(
             with checkpointing(loaded.model, settings):
                 train_guarded(trainer, folder, settings, estimate)
             losses = validation_losses(trainer.state.log_history)
-            if validation and trainer.state.global_step not in dict(losses):
+            if validation and leg.validates and trainer.state.global_step not in dict(losses):
                 trainer.evaluate()
                 losses = validation_losses(trainer.state.log_history)
     bring_back(opened, model)

@@ -1,6 +1,6 @@
 """transformers' Trainer with what HyDRA's recipes need and it lacks, no more.
 
-* learning rates by part (`training.rates`),
+* learning rates by part (`training.rates`), and by leg (`training.legs`),
 * batches by length whose order follows from the seed and the epoch alone (the Trainer's draws on the global generator,
   which schedules use up differently),
 * checkpoints that hold the projector beside the adapter (PEFT's hold the adapter alone), or the projector alone in
@@ -29,6 +29,7 @@ from hydra_vlm.files import as_umask_says
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.training.checkpoints import UNLOGGED, validation_losses, write_whole
 from hydra_vlm.training.even_batches import EvenBatches
+from hydra_vlm.training.legs import WHOLE, Leg, paced
 from hydra_vlm.training.loss import Tally, draws_kept, mean_over_batch, token_losses
 from hydra_vlm.training.nonfinite import FiniteSteps
 from hydra_vlm.training.numbered import NUMBERS
@@ -58,6 +59,7 @@ class VLMTrainer(Trainer):
         *args: Any,
         parts: ModelParts,
         rates: Rates,
+        leg: Leg = WHOLE,
         lengths: Sequence[int] | np.ndarray | None = None,
         positions: SupervisedPositions | None = None,
         finite: FiniteSteps | None = None,
@@ -70,6 +72,7 @@ class VLMTrainer(Trainer):
             self.add_callback(finite)  # after those that read gradients
         self.parts = parts
         self.rates = rates
+        self.leg = leg
         self.lengths = lengths
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -87,6 +90,13 @@ class VLMTrainer(Trainer):
             groups = [{**group, **decay} for group in parameter_groups(model, self.parts, self.rates)]
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The arguments' schedule of rates, changed where the leg says so."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not self.leg.is_plain:
+            scheduler.lr_lambdas = [paced(schedule, self.leg) for schedule in scheduler.lr_lambdas]
+        return scheduler
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

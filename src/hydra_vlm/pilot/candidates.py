@@ -1,0 +1,168 @@
+"""Which rates a pilot tries next, and which win: a line search over learning rate, B's ratio, the projector's rate.
+
+Each candidate is the beginning of the whole run, cooled on a copy and measured; the winner goes on from where it
+stopped, so its steps are not lost. No torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra_vlm.config import TrainingConfig
+
+FACTORS = {"learning_rate": 2.5, "b_ratio": 2.0, "projector_learning_rate": 2.5}
+"""How far apart neighbours are on each axis; axes are searched in this order."""
+
+TIE = 0.01
+"""Losses within this share of the lowest count as equal, and the lowest rate among them wins."""
+
+LONG = 600
+"""Steps from which a run counts as long."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The rates that a pilot chooses."""
+
+    learning_rate: float
+    b_ratio: float
+    projector_learning_rate: float
+
+    @classmethod
+    def of(cls, settings: TrainingConfig) -> "Tuned":
+        """The configuration's own: the guess that a pilot begins with."""
+        projector = settings.projector_learning_rate or settings.learning_rate
+        return cls(settings.learning_rate, settings.b_ratio, projector)
+
+    def settings(self, settings: TrainingConfig) -> TrainingConfig:
+        """The configuration with these rates; the tower's keeps its ratio to the decoder's."""
+        tower = settings.tower_learning_rate
+        scaled = None if tower is None else tower * self.learning_rate / settings.learning_rate
+        return settings.model_copy(update={**self.to_json(), "tower_learning_rate": scaled})
+
+    def moved(self, axis: str, steps: int) -> "Tuned":
+        """Neighbour number `steps` on an axis, upwards or (below 0) downwards."""
+        value = getattr(self, axis) * FACTORS[axis] ** steps
+        return replace(self, **{axis: float(f"{value:.4g}")})
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "learning_rate": self.learning_rate,
+            "b_ratio": self.b_ratio,
+            "projector_learning_rate": self.projector_learning_rate,
+        }
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate, its validation loss after cooling, the steps that it took, trunk and cooling.
+
+    The loss is nan where the candidate was ended for a loss that is no number, or doubled.
+    """
+
+    rates: Tuned
+    loss: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of one candidate: until it is saved, and of its cooled copy after that; how many steps all may take."""
+
+    trunk: int
+    cooling: int
+    most: int
+
+    @classmethod
+    def of(cls, steps: int) -> "Length":
+        """For a run of so many steps: 6 % (in short runs up to 20 steps, a tenth), then 1.5 %."""
+        trunk = max(math.ceil(0.06 * steps), min(20, steps // 10), 1)
+        cooling = max(math.ceil(0.015 * steps), min(5, trunk // 2), 1)
+        return cls(trunk, cooling, math.floor((0.2 if steps >= LONG else 0.35) * steps))
+
+    def affords(self, tried: Sequence[Tried]) -> bool:
+        """Whether one more candidate fits; the winner's trunk is part of the run and costs nothing."""
+        return sum(one.steps for one in tried) + self.cooling <= self.most
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What was tried, in order, which of it won, and how many optimizer steps were thrown away."""
+
+    tried: tuple[Tried, ...]
+    chosen: Tuned
+    thrown_away: int
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        losses = ", ".join(f"{_brief(one.rates)}: {one.loss:.4f}" for one in self.tried)
+        return f"pilot: {_brief(self.chosen)} (validation loss after cooling, {losses}); {self.thrown_away} steps"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "chosen": self.chosen.to_json(),
+            "tried": tried_to_json(self.tried),
+            "thrown_away": self.thrown_away,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Pilot":
+        chosen = Tuned(**{axis: float(data["chosen"][axis]) for axis in FACTORS})
+        return cls(tried_from_json(data["tried"]), chosen, int(data["thrown_away"]))
+
+
+def following(guess: Tuned, tried: Sequence[Tried]) -> Tuned | None:
+    """The next candidate, or None where nothing is left to try.
+
+    First the guess, then its upper neighbour, then whichever neighbour of the best is missing; once both are known the
+    next axis is searched from there.
+    """
+    if not tried:
+        return guess
+    known = {one.rates for one in tried}
+    best = winner(tried)
+    for axis in FACTORS:
+        for step in (1, -1):
+            neighbour = best.moved(axis, step)
+            if not any(_same(neighbour, other) for other in known):
+                return neighbour
+    return None
+
+
+def winner(tried: Sequence[Tried]) -> Tuned:
+    """The lowest rates whose loss is within a tie of the lowest loss; the first candidate where none has a loss."""
+    sound = [one for one in tried if math.isfinite(one.loss)]
+    if not sound:
+        return tried[0].rates
+    lowest = min(one.loss for one in sound)
+    equal = [one.rates for one in sound if one.loss <= lowest * (1 + TIE)]
+    return min(equal, key=lambda rates: (rates.learning_rate, rates.b_ratio, rates.projector_learning_rate))
+
+
+def tried_to_json(tried: Sequence[Tried]) -> list[dict[str, Any]]:
+    """JSON-ready; a loss that is no number is None."""
+    return [
+        {**one.rates.to_json(), "loss": one.loss if math.isfinite(one.loss) else None, "steps": one.steps}
+        for one in tried
+    ]
+
+
+def tried_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Tried, ...]:
+    """The inverse of `tried_to_json`."""
+    return tuple(
+        Tried(
+            Tuned(**{axis: float(one[axis]) for axis in FACTORS}),
+            math.nan if one["loss"] is None else float(one["loss"]),
+            int(one["steps"]),
+        )
+        for one in data
+    )
+
+
+def _brief(rates: Tuned) -> str:
+    return f"{rates.learning_rate:g} x {rates.b_ratio:g}, projector {rates.projector_learning_rate:g}"
+
+
+def _same(one: Tuned, other: Tuned) -> bool:
+    return all(math.isclose(getattr(one, axis), getattr(other, axis), rel_tol=0.01) for axis in FACTORS)
