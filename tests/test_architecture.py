@@ -69,7 +69,7 @@ MAY_IMPORT = {
         "training",
         "verification",
     ),
-    "pilot": ("config", "errors", "files", "processes", "schedule", "training"),
+    "pilot": ("config", "errors", "files", "graph", "processes", "schedule", "training"),
     "resizing": (),
     "verification": ("errors",),
     "stored_adapter": ("errors", "models", "reading"),

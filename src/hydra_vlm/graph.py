@@ -253,6 +253,16 @@ def at_least(least: int, value: Number) -> Number:
     return value
 
 
+def none_for_nan(value: float) -> float | None:
+    """A number for JSON, which knows no nan and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def nan_for_none(value: Any) -> float:
+    """The inverse of `none_for_nan`; raises ValueError for what is neither null nor a finite number."""
+    return math.nan if value is None else finite(value)
+
+
 def llama_graph(
     name: str, n_layers: int, hidden: int, feed_forward: int, kv_features: int | None = None
 ) -> ComputationGraph:

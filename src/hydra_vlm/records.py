@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra_vlm.benchmarks.protocol import Score
-from hydra_vlm.graph import at_least, finite, whole
+from hydra_vlm.graph import at_least, finite, none_for_nan, whole
 from hydra_vlm.moving.plan import Move
 from hydra_vlm.pilot.candidates import Pilot
 from hydra_vlm.schedule import RankSchedule
@@ -93,9 +93,9 @@ class TrialRecord:
         """Losses by step, training's and validation's; one that is no number is None."""
         found: dict[int, dict[str, float | None]] = {}
         for step, loss in self.train_losses:
-            found.setdefault(step, {"step": step})["loss"] = _finite(loss)
+            found.setdefault(step, {"step": step})["loss"] = none_for_nan(loss)
         for step, loss in self.validation_losses:
-            found.setdefault(step, {"step": step})["validation_loss"] = _finite(loss)
+            found.setdefault(step, {"step": step})["validation_loss"] = none_for_nan(loss)
         return [found[step] for step in sorted(found)]
 
     def to_json(self) -> dict[str, Any]:
@@ -104,12 +104,12 @@ class TrialRecord:
             "seed": self.seed,
             "schedule": self.schedule.to_json() if self.schedule else None,
             "trained": self.trained,
-            "train_losses": [[step, _finite(loss)] for step, loss in self.train_losses],
-            "validation_loss": _finite(self.validation_loss),
+            "train_losses": [[step, none_for_nan(loss)] for step, loss in self.train_losses],
+            "validation_loss": none_for_nan(self.validation_loss),
             "scores": [score.to_json() for score in self.scores],
             "seconds": self.seconds,
             **({"started_from": self.started_from} if self.started_from else {}),
-            "validation_losses": [[step, _finite(loss)] for step, loss in self.validation_losses],
+            "validation_losses": [[step, none_for_nan(loss)] for step, loss in self.validation_losses],
             "kept_step": self.kept_step,
             "learning_rates": dict(self.learning_rates),
             **({"pilot": self.pilot.to_json()} if self.pilot else {}),
@@ -152,10 +152,6 @@ class TrialRecord:
             raise ValueError(f"a benchmark has two scores ({', '.join(names)})")
         if self.kept_step is not None and self.kept_step not in dict(self.validation_losses):
             raise ValueError(f"kept_step is {self.kept_step}, a step without a validation loss")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON knows no nan
 
 
 def _loss(value: Any) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra_vlm.allocation import Budget
 from hydra_vlm.config import TrainingConfig
-from hydra_vlm.graph import ComputationGraph
+from hydra_vlm.graph import ComputationGraph, at_least, finite, nan_for_none, none_for_nan, whole
 from hydra_vlm.schedule import RankSchedule, Scaling
 
 SQUEEZE = (0.5,)
@@ -100,8 +100,8 @@ class Move:
             "decider": self.decider,
             "before": list(self.before),
             "after": self.after.to_json(),
-            "loss_before": _finite(self.loss_before),
-            "loss_after": _finite(self.loss_after),
+            "loss_before": none_for_nan(self.loss_before),
+            "loss_after": none_for_nan(self.loss_after),
             "spectra": [list(found) for found in self.spectra],
             "probed": [[list(ranks), loss] for ranks, loss in self.probed],
             "passes": self.passes,
@@ -111,22 +111,14 @@ class Move:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Move":
         return cls(
-            step=int(data["step"]),
+            step=at_least(1, whole(data["step"])),
             decider=str(data["decider"]),
-            before=tuple(int(rank) for rank in data["before"]),
+            before=tuple(at_least(0, whole(rank)) for rank in data["before"]),
             after=RankSchedule.from_json(data["after"]),
-            loss_before=_number(data["loss_before"]),
-            loss_after=_number(data["loss_after"]),
-            spectra=tuple(tuple(float(value) for value in found) for found in data["spectra"]),
-            probed=tuple((tuple(int(rank) for rank in ranks), float(loss)) for ranks, loss in data["probed"]),
-            passes=int(data["passes"]),
-            seconds=float(data["seconds"]),
+            loss_before=nan_for_none(data["loss_before"]),
+            loss_after=nan_for_none(data["loss_after"]),
+            spectra=tuple(tuple(at_least(0, finite(value)) for value in found) for found in data["spectra"]),
+            probed=tuple((tuple(map(whole, ranks)), finite(loss)) for ranks, loss in data["probed"]),
+            passes=at_least(0, whole(data["passes"])),
+            seconds=at_least(0, finite(data["seconds"])),
         )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON knows no nan
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra_vlm.config import TrainingConfig
+from hydra_vlm.graph import at_least, finite, nan_for_none, none_for_nan, whole
 
 FACTORS = {"learning_rate": 2.5, "b_ratio": 2.0, "projector_learning_rate": 2.5}
 """How far apart neighbours are on each axis; axes are searched in this order."""
@@ -108,8 +109,8 @@ class Pilot:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Pilot":
-        chosen = Tuned(**{axis: float(data["chosen"][axis]) for axis in FACTORS})
-        return cls(tried_from_json(data["tried"]), chosen, int(data["thrown_away"]))
+        chosen = Tuned(**{axis: finite(data["chosen"][axis]) for axis in FACTORS})
+        return cls(tried_from_json(data["tried"]), chosen, at_least(0, whole(data["thrown_away"])))
 
 
 def following(guess: Tuned, tried: Sequence[Tried]) -> Tuned | None:
@@ -142,19 +143,16 @@ def winner(tried: Sequence[Tried]) -> Tuned:
 
 def tried_to_json(tried: Sequence[Tried]) -> list[dict[str, Any]]:
     """JSON-ready; a loss that is no number is None."""
-    return [
-        {**one.rates.to_json(), "loss": one.loss if math.isfinite(one.loss) else None, "steps": one.steps}
-        for one in tried
-    ]
+    return [{**one.rates.to_json(), "loss": none_for_nan(one.loss), "steps": one.steps} for one in tried]
 
 
 def tried_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Tried, ...]:
     """The inverse of `tried_to_json`."""
     return tuple(
         Tried(
-            Tuned(**{axis: float(one[axis]) for axis in FACTORS}),
-            math.nan if one["loss"] is None else float(one["loss"]),
-            int(one["steps"]),
+            Tuned(**{axis: finite(one[axis]) for axis in FACTORS}),
+            nan_for_none(one["loss"]),
+            at_least(0, whole(one["steps"])),
         )
         for one in data
     )
