@@ -29,6 +29,7 @@ from hydra_vlm import processes
 from hydra_vlm.config import RECIPES, load_config, recipe_names
 from hydra_vlm.errors import ConfigError
 from hydra_vlm.profile import GradientNormProfile
+from hydra_vlm.signals import Signal
 from hydra_vlm.training import frugality, sharding
 from hydra_vlm.training.even_batches import EvenBatches, WithBlanks, blanking
 from hydra_vlm.training.recipe import split_batch
@@ -40,6 +41,7 @@ SECONDS = 900
 STEPS = 6
 PLAIN = ("training.device_batch_size=1",)  # batches of 4: accumulation 4 on one process, 2 on each of two
 STILL = ("training.steps=1", "training.learning_rate=1e-30")  # too little for float32: the weights stay
+SENSITIVITY = ("profile.signal=sensitivity",)
 BEST = ("training.keep=best", "training.watch_steps=1", "training.patience=1", "training.learning_rate=0.2")
 BY_LENGTH = ("training.group_by_length=true",)  # batches of 4 on one process, 2 on each of two
 
@@ -120,6 +122,9 @@ class Home:
     def profile(self, run: str) -> GradientNormProfile:
         return GradientNormProfile.from_json(json.loads((self.folder / run / "profile.json").read_text()))
 
+    def signal(self, run: str, kind: str) -> Signal:
+        return Signal.from_json(json.loads((self.folder / run / f"signals/{kind}.json").read_text()))
+
 
 def launch(words: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """torchrun with two processes, on a port of its own."""
@@ -152,6 +157,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = Home(tmp_path_factory.mktemp("devices"))
     home.on_one(*home.words("one", *PLAIN))
     home.on_one(*home.words("one", *PLAIN, command="profile"))
+    home.on_one(*home.words("one", *PLAIN, *SENSITIVITY, command="profile"))
     home.on_one(*home.words("still", *STILL, "training.device_batch_size=4"))
     home.on_one(*home.words("other", *home.other, *PLAIN))
     home.on_one(*home.words("best", *PLAIN, *BEST))
@@ -170,6 +176,8 @@ def ddp_and_fsdp(home: Home) -> tuple[list[dict[str, Any]], str]:
         {"words": home.words("other-ddp", *home.other, *PLAIN)},
         {"words": home.words("best-ddp", *PLAIN, *BEST)},
         {"words": home.words("best-fsdp", *PLAIN, *BEST), "environment": fsdp()},
+        {"words": home.words("ddp", *PLAIN, *SENSITIVITY, command="profile")},
+        {"words": home.words("fsdp", *PLAIN, *SENSITIVITY, command="profile"), "environment": fsdp()},
     ]
     return home.on_two("both", jobs)
 
@@ -178,7 +186,7 @@ def ddp_and_fsdp(home: Home) -> tuple[list[dict[str, Any]], str]:
 def test_two_processes_train_as_one(home: Home, ddp_and_fsdp: tuple[Any, str], form: str) -> None:
     reports, _ = ddp_and_fsdp
     assert [report["sharded"] for report in reports] == [
-        [False, False, True, True, False, True, False, False, True]
+        [False, False, True, True, False, True, False, False, True, False, True]
     ] * 2
     require_same(home, form, "one")
     moved = max(float(value.abs().max()) for name, value in home.weights(form).items() if "lora_B" in name)
@@ -217,6 +225,8 @@ def test_the_profile_is_that_of_one_process(home: Home, ddp_and_fsdp: tuple[Any,
     for one, two in ((expected.mean, found.mean), (expected.spread, found.spread)):
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=NORM, atol=1e-8)
     assert min(min(pair) for pair in expected.mean) > 1e-4
+    one, two = (home.signal(run, "sensitivity") for run in ("one", form))
+    torch.testing.assert_close(torch.tensor(two.values), torch.tensor(one.values), rtol=NORM, atol=0)
 
 
 def test_only_the_first_process_writes_and_speaks(home: Home, ddp_and_fsdp: tuple[Any, str]) -> None:
