@@ -4,7 +4,6 @@ transformers opens what it finds under a name, so a pipe in the place of a file 
 what a configuration says. What cannot be read or built is said here, with the file.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ SETTINGS = (
 )
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 PLAIN = ("chat_template.jinja", "merges.txt", "vocab.txt")
+
+TEMPLATES = "additional_chat_templates"
+"""A folder of others, which transformers reads as well."""
 
 LONGEST_TEMPLATE = 2**20
 """Bytes of a chat template."""
@@ -59,12 +61,11 @@ def require_readable(folder: Path) -> dict[str, Any]:
 def require_files(folder: Path) -> None:
     """Raises FileError where a pipe, a device or a socket lies in a folder, or anything but a file by a file's name."""
     known = {CONFIG, *PROCESSORS, *SETTINGS, *VOCABULARIES, *PLAIN}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            fault = file_fault(entry.path)
-            harmless = fault.endswith(("is a folder, not a file", "not exist"))
-            if fault and (entry.name in known or not harmless):
-                raise FileError(f"{entry.path} {fault}")
+    for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")):
+        fault = file_fault(path)
+        harmless = fault.endswith(("is a folder, not a file", "not exist"))
+        if fault and (path.name in known or path.parent != folder or not harmless):
+            raise FileError(f"{path} {fault}")
 
 
 def require_tokenizer_possible(folder: Path) -> None:
