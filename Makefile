@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-all test-matrix check clean
 
-demo: .venv/.installed  ## profile, allocate, fine-tune, compare on the embedded model; ends with a table and a report
+demo: .venv/.installed  ## the main job on the embedded model: pilot, ranks that move, uniform LoRA beside; a table and a report
 	$(BIN)/hydra-vlm tune --out runs/demo
 
 test: .venv/.installed  ## the tests, without the slow ones

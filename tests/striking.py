@@ -95,8 +95,8 @@ class Place:
 
 
 def start(config: Path, run: Path) -> subprocess.Popen[bytes]:
-    """The real `tune` command; what it says is kept beside the run."""
-    command = [sys.executable, "-m", "hydra_vlm.cli", "tune", str(config), "--out", str(run)]
+    """The real `compare` command; what it says is kept beside the run."""
+    command = [sys.executable, "-m", "hydra_vlm.cli", "compare", str(config), "--out", str(run)]
     with (run.parent / f"{run.name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
 

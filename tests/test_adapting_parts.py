@@ -8,6 +8,7 @@ import transformers
 from peft.tuners.lora import LoraLayer
 
 from hydra_vlm.allocation import ALLOCATORS, AllocationRequest, Budget, allocate, measured_offsets
+from hydra_vlm.compare import compare
 from hydra_vlm.errors import ConfigError, GraphMismatchError
 from hydra_vlm.files import read_json
 from hydra_vlm.graph import ComputationGraph, Projection
@@ -17,7 +18,6 @@ from hydra_vlm.models.structure import find_parts
 from hydra_vlm.profile import GradientNormProfile, stages_of
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule
-from hydra_vlm.tune import tune
 from tiny import save_tiny_model, toy_config, write_toy_data
 
 DECODER = [Projection(layer, c, 16, 16) for layer in range(4) for c in ("q_proj", "up_proj")]
@@ -142,7 +142,7 @@ def test_a_whole_run_reaches_the_tower(tmp_path: Path) -> None:
     model, data = save_tiny_model(tmp_path / "model"), write_toy_data(tmp_path / "data")
     config = toy_config(model, data, "adapt=decoder,tower", "schedules=[fine, full]", "training.steps=2")
     before = load_model(str(model), "cpu").model.state_dict()
-    run = tune(config, tmp_path / "run")
+    run = compare(config, tmp_path / "run")
     profile = GradientNormProfile.from_json(read_json(run.profile))
     assert dict(profile.graph.parts) == {"decoder": 4, "tower": 2}
     assert min(profile.layer_norms()) > 0
@@ -162,7 +162,7 @@ def test_a_whole_run_reaches_the_tower(tmp_path: Path) -> None:
 def test_a_projector_under_lora_is_not_trained_whole(tmp_path: Path) -> None:
     model, data = save_tiny_model(tmp_path / "model"), write_toy_data(tmp_path / "data")
     config = toy_config(model, data, "adapt=decoder,projector", "schedules=[uniform]", "training.steps=2")
-    run = tune(config, tmp_path / "run")
+    run = compare(config, tmp_path / "run")
     record = TrialRecord.from_json(read_json(run.trial("uniform-seed0") / "record.json"))
     assert record.schedule is not None
     assert record.trained == {"lora": record.schedule.parameters, "projector": 0}

@@ -192,6 +192,9 @@ MAY_IMPORT = {
     "search_request": ("config", "errors", "files", "performance_model", "reading", "search"),
     "trials": None,  # the top of the library
     "measuring": None,
+    "schedules": None,
+    "compare": None,
+    "train": None,
     "tune": None,
     "dynamic": None,
     "pretrain": None,

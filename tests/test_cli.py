@@ -75,7 +75,20 @@ def test_errors_are_one_line_and_name_the_remedy(words: str, message: str) -> No
 
 COMMANDS = (
     *("schedule", "init", "pretrain", "profile", "train", "evaluate"),
-    *("tune", "plan", "search", "worker", "chat", "export", "report", "convert", "rescore", "data", "devices"),
+    *(
+        "tune",
+        "compare",
+        "plan",
+        "search",
+        "worker",
+        "chat",
+        "export",
+        "report",
+        "convert",
+        "rescore",
+        "data",
+        "devices",
+    ),
 )
 
 

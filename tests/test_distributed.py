@@ -272,15 +272,15 @@ def test_batches_by_length_and_resuming_with_another_number_of_processes(home: H
 
 @pytest.mark.slow
 def test_the_whole_job_and_the_whole_decoder(home: Home) -> None:
-    """`tune` with two schedules, and training of the whole decoder, broken off and taken up again."""
+    """`compare` with two schedules, and training of the whole decoder, broken off and taken up again."""
     schedules = ("schedules=[uniform,coarse]", *PLAIN)
-    home.on_one(*home.words("tune-one", *schedules, command="tune"))
+    home.on_one(*home.words("compare-one", *schedules, command="compare"))
     home.on_one(*home.words("full-one", "--schedule", "full", *PLAIN))
     jobs: list[dict[str, Any]] = []
     for form, environment in (("ddp", {}), ("fsdp", fsdp())):
         full = home.words(f"full-{form}", "--schedule", "full", *PLAIN)
         jobs += [
-            {"words": home.words(f"tune-{form}", *schedules, command="tune"), "environment": environment},
+            {"words": home.words(f"compare-{form}", *schedules, command="compare"), "environment": environment},
             {"words": full, "environment": environment, "stop": 3},
             {"words": full, "environment": environment},
         ]
@@ -288,11 +288,11 @@ def test_the_whole_job_and_the_whole_decoder(home: Home) -> None:
     for form in ("ddp", "fsdp"):
         require_same(home, f"full-{form}", "full-one", "full")
         for name in ("uniform", "coarse"):
-            require_same(home, f"tune-{form}", "tune-one", name)
-        made = [json.loads((home.folder / f"tune-{run}/schedules/coarse.json").read_text()) for run in (form, "one")]
+            require_same(home, f"compare-{form}", "compare-one", name)
+        made = [json.loads((home.folder / f"compare-{run}/schedules/coarse.json").read_text()) for run in (form, "one")]
         assert made[0]["ranks"] == made[1]["ranks"]
-        assert (home.folder / f"tune-{form}/report.html").is_file()
-        assert (home.folder / f"tune-{form}/trials/zero-shot-seed0/record.json").is_file()
+        assert (home.folder / f"compare-{form}/report.html").is_file()
+        assert (home.folder / f"compare-{form}/trials/zero-shot-seed0/record.json").is_file()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from hydra_vlm.benchmarks.images import on_device
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.benchmarks.rescoring import rescore
 from hydra_vlm.benchmarks.suite import open_tasks
+from hydra_vlm.compare import compare
 from hydra_vlm.config import load_config
 from hydra_vlm.data.readers import open_reader
 from hydra_vlm.errors import ConfigError, DataError, RunFolderError
@@ -24,7 +25,6 @@ from hydra_vlm.evaluation import EvaluationRequest, evaluate
 from hydra_vlm.lora import adapted
 from hydra_vlm.models.loading import load_model
 from hydra_vlm.records import TrialRecord
-from hydra_vlm.tune import tune
 from tiny import toy_config, write_toy_data
 
 
@@ -41,7 +41,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two schedules over the toy data, which lies beside it."""
     home = tmp_path_factory.mktemp("evaluated")
     config = toy_config(tiny_model, write_toy_data(home / "toy"), "schedules=[uniform,coarse]")
-    tune(config, home / "run", quiet)
+    compare(config, home / "run", quiet)
     return home / "run"
 
 
@@ -176,7 +176,7 @@ def test_scoring_again_keeps_the_order_that_reports_follow(tiny_model: Path, tmp
     data = write_toy_data(tmp_path / "toy")
     tests = f"data.tests={{zebra: {data / 'test.json'}, apple: {data / 'test.json'}}}"
     config = toy_config(tiny_model, data, tests, "schedules=[uniform]", "training.steps=1")
-    tune(config, tmp_path / "run", quiet)
+    compare(config, tmp_path / "run", quiet)
     before = files(tmp_path / "run/trials")
     assert [score.benchmark for score in rescore(tmp_path / "run")["uniform-seed0"]] == ["zebra", "apple"]
     assert files(tmp_path / "run/trials") == before

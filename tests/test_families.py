@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from families import FAMILIES, LAYERS, Family
-from hydra_vlm import trials
-from hydra_vlm import tune as job
+from hydra_vlm import schedules, trials
 from hydra_vlm.benchmarks.generation import Answering, answer, image_blocks
 from hydra_vlm.benchmarks.images import once_per_image
 from hydra_vlm.benchmarks.protocol import Example
@@ -114,7 +113,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ],
     )
     study = trials.prepare_study(config, home / "run", quiet)
-    schedule = job.allocate_all(study, measure(study, ["gradient_norm"], quiet))["coarse"]
+    schedule = schedules.allocate_all(study, measure(study, ["gradient_norm"], quiet))["coarse"]
     loaded = study.fresh_model()
     model = prepare(loaded, schedule, config.training, seed=0)
     done = finetune(model, loaded, study.data, config.training, 0, home / "checkpoints")
@@ -138,7 +137,7 @@ def test_the_graph_is_the_decoders(trained: Trained) -> None:
 
 def test_the_tower_is_untouched(trained: Trained) -> None:
     parts = trained.loaded.parts
-    schedule = job.allocate_all(trained.study, measure(trained.study, ["gradient_norm"], quiet))["coarse"]
+    schedule = schedules.allocate_all(trained.study, measure(trained.study, ["gradient_norm"], quiet))["coarse"]
     loaded = trained.fresh()
     model = prepare(loaded, schedule, trained.study.config.training, seed=0)
     model(**trained.batch()).loss.backward()
@@ -300,7 +299,7 @@ def test_chat_answers_with_the_adapter(trained: Trained) -> None:
 def test_a_bfloat16_model_trains_its_projector_in_float32(trained: Trained) -> None:
     loaded = trained.fresh()
     loaded.model.to(torch.bfloat16)
-    schedule = job.allocate_all(trained.study, measure(trained.study, ["gradient_norm"], quiet))["coarse"]
+    schedule = schedules.allocate_all(trained.study, measure(trained.study, ["gradient_norm"], quiet))["coarse"]
     model = prepare(loaded, schedule, trained.study.config.training, seed=0)
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in trained.batch().items()}
     model(**batch).loss.backward()

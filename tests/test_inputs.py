@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_vlm import trials
-from hydra_vlm import tune as job
+from hydra_vlm import compare, schedules, train, trials
 from hydra_vlm.benchmarks.suite import Task, load_tasks
 from hydra_vlm.config import Config, load_config
 from hydra_vlm.data import digests
@@ -60,7 +59,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     home = tmp_path_factory.mktemp("bound")
     shutil.copytree(tiny_model, home / "model")
     write_toy_data(home / "toy")
-    job.tune(configured(home), home / "run", quiet)
+    compare.compare(configured(home), home / "run", quiet)
     return home
 
 
@@ -101,7 +100,7 @@ def test_a_run_does_not_go_on_with_other_content(home: Path, kind: str) -> None:
     edit(path)
     now = contents_of([str(path)])[str(path)]
     with pytest.raises(RunFolderError) as told:
-        job.tune(configured(home), home / "run", quiet)
+        compare.compare(configured(home), home / "run", quiet)
     message = str(told.value)
     assert f"{path} " in message
     assert f"{now[0]:,} bytes (SHA-256 {now[1][:8]}…) now" in message
@@ -113,7 +112,7 @@ def test_a_run_does_not_go_on_with_other_content(home: Path, kind: str) -> None:
         path.unlink()
     else:
         path.write_bytes(before)
-    job.tune(configured(home), home / "run", quiet)
+    compare.compare(configured(home), home / "run", quiet)
 
 
 def test_a_run_interrupted_by_an_edited_data_file_names_it(
@@ -131,20 +130,20 @@ def test_a_run_interrupted_by_an_edited_data_file_names_it(
 
     monkeypatch.setattr(VLMTrainer, "training_step", failing)
     with pytest.raises(KeyboardInterrupt):
-        job.tune(config, tmp_path / "run", quiet)
+        compare.compare(config, tmp_path / "run", quiet)
     monkeypatch.setattr(VLMTrainer, "training_step", real)
     train = home / "toy" / "train.json"
     old = train.read_text()
     train.write_text(old.replace("what is it?", "what colour?"))
     with pytest.raises(RunFolderError) as told:
-        job.tune(config, tmp_path / "run", quiet)
+        compare.compare(config, tmp_path / "run", quiet)
     assert f"data.train: {train} had {len(old):,} bytes (SHA-256 " in str(told.value)
     assert "put back what was there and repeat the command to go on with the run, or name another --out" in str(
         told.value
     )
     assert not (tmp_path / "run/trials/coarse-seed0/record.json").exists()
     train.write_text(old)
-    job.tune(config, tmp_path / "run", quiet)
+    compare.compare(config, tmp_path / "run", quiet)
     assert (tmp_path / "run/trials/coarse-seed0/record.json").exists()
 
 
@@ -161,7 +160,7 @@ def test_what_is_changed_while_it_is_used_makes_no_record(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = trials.prepare_study(configured(home), tmp_path / "run", quiet)
-    schedule = job.schedule_for(study, "uniform", quiet)[1]
+    schedule = schedules.schedule_for(study, "uniform", quiet)[1]
     real = trials.answer_and_score
     picture = home / "toy/5.png"
     before = picture.read_bytes()
@@ -216,15 +215,15 @@ def test_a_built_in_set_edited_by_hand_is_named(home: Path, tmp_path: Path, monk
     monkeypatch.setattr(builtin, "SCENES", {"train": 8, "validation": 4})
     overrides = ("data={train: scene-captions}", "data.max_length=400", "training.batch_size=4")
     config = configured(home, *overrides)
-    job.profile(config, tmp_path / "run", quiet)
-    train = tmp_path / "run/data/train.json"
-    train.write_text(train.read_text() + "\n")
+    train.profile(config, tmp_path / "run", quiet)
+    written = tmp_path / "run/data/train.json"
+    written.write_text(written.read_text() + "\n")
     with pytest.raises(
         RunFolderError, match=r"data.train\.json had .* Once .*data is removed, the built-in set is written"
     ):
-        job.profile(config, tmp_path / "run", quiet)
+        train.profile(config, tmp_path / "run", quiet)
     shutil.rmtree(tmp_path / "run/data")
-    job.profile(config, tmp_path / "run", quiet)
+    train.profile(config, tmp_path / "run", quiet)
 
 
 def test_every_file_of_a_benchmark_is_bound_wherever_its_folder_is_named_from(
@@ -275,14 +274,14 @@ def test_seeds_and_schedules_may_be_added_to_a_finished_run(home: Path) -> None:
     run = home / "run"
     before = {path: path.stat().st_mtime_ns for path in run.glob("trials/*/record.json")}
     more = ("seeds=[0,1]", "schedules=[uniform,coarse]", "allocation.n_stages=2")
-    job.tune(configured(home, *more), run, quiet)
+    compare.compare(configured(home, *more), run, quiet)
     names = {path.parent.name for path in run.glob("trials/*/record.json")}
     assert names == {f"{name}-seed{seed}" for name in ("uniform", "coarse") for seed in (0, 1)}
     assert before.items() <= {path: path.stat().st_mtime_ns for path in run.glob("trials/*/record.json")}.items()
-    job.tune(configured(home, "seeds=[1]"), run, quiet)  # fewer take nothing away
+    compare.compare(configured(home, "seeds=[1]"), run, quiet)  # fewer take nothing away
     assert {path.parent.name for path in run.glob("trials/*/record.json")} == names
     with pytest.raises(RunFolderError, match=r"training\.learning_rate"):
-        job.tune(configured(home, "seeds=[0,1,2]", "training.learning_rate=0.5"), run, quiet)
+        compare.compare(configured(home, "seeds=[0,1,2]", "training.learning_rate=0.5"), run, quiet)
 
 
 def test_a_run_that_lacks_a_later_key_goes_on_by_its_default(tmp_path: Path) -> None:
@@ -311,9 +310,9 @@ def test_a_trial_keeps_its_schedule(home: Path) -> None:
     study = trials.prepare_study(configured(home), home / "run", quiet)
     mine = replace(read_schedule(home / "run/schedules/uniform.json"), name="mine")
     write_json(home / "mine.json", mine.to_json())
-    trials.run_trial(study, *job.schedule_for(study, str(home / "mine.json"), quiet), 0, quiet)
+    trials.run_trial(study, *schedules.schedule_for(study, str(home / "mine.json"), quiet), 0, quiet)
     write_json(home / "mine.json", replace(mine, ranks=(3, *mine.ranks[1:])).to_json())
-    name, schedule = job.schedule_for(study, str(home / "mine.json"), quiet)
+    name, schedule = schedules.schedule_for(study, str(home / "mine.json"), quiet)
     with pytest.raises(RunFolderError, match=r"mine-seed0 is a trial of another schedule 'mine' .*layer 0 had rank 4"):
         trials.run_trial(study, name, schedule, 0, quiet)
 
@@ -391,5 +390,5 @@ def test_a_damaged_list_of_inputs_is_named(home: Path) -> None:
     moved(home)
     (home / "run" / INPUTS).write_text("{")
     with pytest.raises(RunFolderError, match=f"{INPUTS}.*remove it if all that the run has read is unchanged"):
-        job.tune(configured(home), home / "run", quiet)
+        compare.compare(configured(home), home / "run", quiet)
     assert RunFolder(home / "run").profile.is_file()

@@ -1,4 +1,4 @@
-"""`kill -9` during `hydra-vlm tune` or `evaluate`, then the same command: the same result as without."""
+"""`kill -9` during `hydra-vlm compare` or `evaluate`, then the same command: the same result as without."""
 
 import json
 import signal

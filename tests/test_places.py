@@ -10,9 +10,9 @@ import pytest
 
 from fake_run import fake_run
 from hydra_vlm.cli import main
+from hydra_vlm.compare import compare
 from hydra_vlm.errors import HydraError, RunFolderError
 from hydra_vlm.files import require_file_place, require_free, require_place
-from hydra_vlm.tune import tune
 from tiny import toy_config
 
 
@@ -112,7 +112,7 @@ def test_a_run_is_refused_before_its_model_is_loaded(
     monkeypatch.setattr("hydra_vlm.trials.load_model", lambda *_, **__: pytest.fail("too late"))
     (tmp_path / "file").touch()
     with pytest.raises(HydraError, match="lies inside"):
-        tune(toy_config(tiny_model, toy_data), tmp_path / "file/run")
+        compare(toy_config(tiny_model, toy_data), tmp_path / "file/run")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 LIMITED = """
 import resource, sys
-import torch, transformers, peft, optuna, accelerate, hydra_vlm.tune
+import torch, transformers, peft, optuna, accelerate, hydra_vlm.compare
 from hydra_vlm.cli import main
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + {megabytes} * 2**20
@@ -77,7 +77,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_and_then_room(config: Path, small_disk: Path) -> None:
     run, ballast = small_disk / "run", small_disk / "ballast"
     ballast.write_bytes(bytes(15 * 2**20))
-    words = ("tune", str(config), "--out", str(run), "training.steps=12")
+    words = ("compare", str(config), "--out", str(run), "training.steps=12")
     code, told = ended(launch(*words))
     assert code == 2
     assert told.splitlines()[-1].startswith("error: no room on the disk for ")
@@ -97,7 +97,7 @@ def test_too_little_memory_and_then_a_smaller_batch(config: Path, tmp_path: Path
     long = [{"from": "human", "value": "<image>\nsay it"}, {"from": "gpt", "value": "ab " * 100}]
     toy.write_text(json.dumps([{"id": f"{n}", "image": f"{n % 8}.png", "conversations": long} for n in range(96)]))
     run = tmp_path / "run"
-    words = ("tune", str(config), "--out", str(run), "training.batch_size=96", "training.steps=3", "profile.steps=3")
+    words = ("compare", str(config), "--out", str(run), "training.batch_size=96", "training.steps=3", "profile.steps=3")
     code, told = ended(launch(code=LIMITED.format(megabytes=900, words=words)))
     assert code == 2, told
     assert "error: out of memory while training" in told
@@ -107,7 +107,7 @@ def test_too_little_memory_and_then_a_smaller_batch(config: Path, tmp_path: Path
     assert next(run.glob("trials/*/record.json"))
 
 
-@pytest.mark.parametrize("command", ["tune", "search"])
+@pytest.mark.parametrize("command", ["compare", "search"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_end_it_saves_ends_and_goes_on(config: Path, tmp_path: Path, command: str, number: int) -> None:
     run = tmp_path / "run"
@@ -124,4 +124,4 @@ def test_asked_to_end_it_saves_ends_and_goes_on(config: Path, tmp_path: Path, co
     assert "the same command goes on" in told.lower()
     code, told = ended(launch(*words))
     assert code == 0, told
-    assert len(list(run.glob("trials/*/record.json"))) == (1 if command == "tune" else 2)
+    assert len(list(run.glob("trials/*/record.json"))) == (1 if command == "compare" else 2)

@@ -1,188 +1,91 @@
-"""The whole job on a tiny model: what it leaves behind, how it goes on, what it refuses."""
+"""`tune`: the best adapter of the budget, uniform LoRA beside it, and what is said of both."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
+from typer.testing import CliRunner
 
-from hydra_vlm import measuring, trials
-from hydra_vlm import tune as job
-from hydra_vlm.errors import BudgetError, ConfigError, DataError, GraphMismatchError, RunFolderError, StageError
-from hydra_vlm.files import read_json, write_json
-from hydra_vlm.lora import load_adapter
-from hydra_vlm.models.loading import load_model
-from hydra_vlm.records import TrialRecord
-from hydra_vlm.training.trainer import VLMTrainer
-from tiny import toy_config
-from tolerances import assert_same_sums
+from hydra_vlm.cli import app
+from hydra_vlm.errors import ConfigError
+from hydra_vlm.lora import own_schedule
+from hydra_vlm.tune import best_of, tune
+from striking import OPTIONS
+from tiny import toy_config, write_toy_data
 
-SPLIT_UP = "schedules=[uniform,coarse,fine,full]"
+RUN = (*OPTIONS, "training.steps=20", "training.save_steps=100", "budget.rank=2", "training.learning_rate=0.01")
 
 
 def quiet(_: str) -> None:
     """Say nothing."""
 
 
-def record(run: Path, key: str) -> TrialRecord:
-    return TrialRecord.from_json(read_json(run / "trials" / key / "record.json"))
-
-
-def outcome(run: Path) -> dict[str, tuple[object, ...]]:
-    """All that must not depend on interruptions."""
-    records = [TrialRecord.from_json(read_json(path)) for path in sorted(run.glob("trials/*/record.json"))]
-    return {r.key: (r.schedule, r.trained, r.train_losses, repr(r.validation_loss), r.scores) for r in records}
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set beside a finished run of it, started by the command, in `run` and `said`."""
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run over the toy data, with the data beside it."""
-    from tiny import write_toy_data
-
-    home = tmp_path_factory.mktemp("finished")
-    data = write_toy_data(home / "toy")
-    job.tune(toy_config(tiny_model, data, SPLIT_UP), home / "run", quiet)
-    return home
-
-
-def test_a_run_leaves_its_records(finished: Path, tiny_model: Path) -> None:
-    run = finished / "run"
-    for name in ("config.yaml", "environment.json", "graph.json", "profile.json", "schedules/coarse.json"):
-        assert (run / name).is_file(), name
-    assert sorted(path.name for path in (run / "trials").iterdir()) == [
-        "coarse-seed0",
-        "fine-seed0",
-        "full-seed0",
-        "uniform-seed0",
-        "zero-shot-seed0",
-    ]
-    graph = load_model(str(tiny_model), "cpu").parts.graph
-    uniform, full = record(run, "uniform-seed0"), record(run, "full-seed0")
-    assert uniform.schedule is not None
-    assert uniform.trained["lora"] == uniform.schedule.parameters == 4 * graph.cost
-    assert full.trained["decoder"] > 0
-    assert full.schedule is None
-    for name in ("coarse", "fine"):
-        trial = record(run, f"{name}-seed0")
-        assert trial.schedule is not None
-        assert trial.schedule.name == name
-        assert trial.trained["lora"] == trial.schedule.parameters <= 4 * graph.cost
-        assert math.isfinite(trial.validation_loss)
-        assert [s.benchmark for s in trial.scores] == ["toy"]
-        assert set(trial.scores[0].groups) == {"colour", "shape"}
-    predictions = (run / "trials/uniform-seed0/predictions/toy.jsonl").read_text().splitlines()
-    assert len(predictions) == 8
-    assert not list(run.rglob("checkpoint-*"))
+def said(home: Path, tiny_model: Path) -> dict[str, object]:
+    config = toy_config(tiny_model, write_toy_data(home / "toy"), *RUN)
+    (home / "it.yaml").write_text(config.to_yaml())
+    done = CliRunner().invoke(app, ["tune", str(home / "it.yaml"), "--out", str(home / "run"), "--json"])
+    assert done.exit_code == 0, done.output
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
 
 
-def test_the_adapter_is_plain_peft_and_gives_the_trained_model(finished: Path, tiny_model: Path) -> None:
-    folder = finished / "run/trials/fine-seed0/adapter"
-    ours = load_adapter(load_model(str(tiny_model), "cpu").model, folder)
-    base = load_model(str(tiny_model), "cpu").model
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        plain = PeftModel.from_pretrained(base, folder)
-    projector = ours.get_base_model().model.mm_projector.state_dict()
-    plain.get_base_model().model.mm_projector.load_state_dict(projector)
-    ids = torch.tensor([[1, 70, 71, 72]])
-    assert_same_sums(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+def test_both_are_told_with_what_they_took(home: Path, said: dict[str, dict[str, object]]) -> None:
+    assert said.keys() == {"best", "uniform", "cost_in_uniform_runs"}
+    keys = {"adapter", "parameters", "budget", "most_trainable", "learning_rates", "validation_loss", "scores"}
+    for side in ("best", "uniform"):
+        assert keys <= said[side].keys()
+        assert said[side]["parameters"] <= said[side]["budget"]  # type: ignore[operator]
+        assert own_schedule(Path(str(said[side]["adapter"]))).parameters == said[side]["parameters"]
+    records = [json.loads(path.read_text()) for path in sorted(home.glob("run/trials/*/record.json"))]
+    assert [record["name"] for record in records] == ["squeeze", "uniform", "zero-shot"]
+    losses = {record["name"]: record["validation_loss"] for record in records if record["schedule"]}
+    assert said["best"]["validation_loss"] == min(losses.values())
+    assert 0 < float(said["cost_in_uniform_runs"]) < 20  # type: ignore[arg-type]
+    assert all(record["pilot"]["tried"] for record in records if record["schedule"])
+    assert (home / "run/report.html").is_file()
 
 
-def test_a_finished_run_is_not_repeated(finished: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = outcome(finished / "run")
-    monkeypatch.setattr(trials, "finetune", None)
-    job.tune(toy_config(tiny_model, finished / "toy", SPLIT_UP), finished / "run", quiet)
-    assert outcome(finished / "run") == before
+def test_the_same_command_again_trains_nothing(home: Path, tiny_model: Path, said: dict[str, object]) -> None:
+    before = {path: path.stat().st_mtime for path in home.glob("run/trials/*/record.json")}
+    found = tune(toy_config(tiny_model, home / "toy", *RUN), home / "run", quiet)
+    assert found.to_json() == said
+    assert {path: path.stat().st_mtime for path in before} == before
+    assert f"adapter: {home / 'run/best/adapter'}" in found.summary()
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_an_interrupted_training_goes_on_to_the_same_result(
-    finished: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+def test_the_best_has_the_lowest_loss_over_seeds_and_another_may_become_it(
+    home: Path, tiny_model: Path, said: dict[str, object]
 ) -> None:
-    config = toy_config(tiny_model, finished / "toy", SPLIT_UP)
-    write_json(tmp_path / "run/profile.json", read_json(finished / "run/profile.json"))
-    (tmp_path / "run/config.yaml").write_text(config.to_yaml())
-    real = VLMTrainer.training_step
-
-    def failing(self: VLMTrainer, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.state.global_step == stop_at:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(VLMTrainer, "training_step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        job.tune(config, tmp_path / "run", quiet)
-    monkeypatch.setattr(VLMTrainer, "training_step", real)
-    left = sorted((tmp_path / "run").rglob("checkpoint-*"))
-    assert len(left) == stop_at // 2
-    if left:  # and a checkpoint that was cut short is passed over
-        (left[-1].parent / "checkpoint-99").mkdir()
-    job.tune(config, tmp_path / "run", quiet)
-    assert outcome(tmp_path / "run") == outcome(finished / "run")
+    found = tune(toy_config(tiny_model, home / "toy", *RUN, "seeds=[0,1]"), home / "run", quiet)
+    losses: dict[str, list[float]] = {}
+    for one in found.trials:
+        losses.setdefault(one.name, []).append(one.validation_loss)
+    name = min(losses, key=lambda name: sum(losses[name]))
+    assert (found.best.name, found.best.validation_loss) == (name, min(losses[name]))
+    assert best_of(found.trials) is found.best
+    kept = json.loads((home / "run/best/record.json").read_text())
+    assert (kept["name"], kept["seed"]) == (found.best.name, found.best.seed)
 
 
-def test_a_folder_of_another_configuration_is_refused(finished: Path, tiny_model: Path) -> None:
-    other = toy_config(tiny_model, finished / "toy", SPLIT_UP, "training.learning_rate=0.5")
-    with pytest.raises(RunFolderError, match=r"training\.learning_rate: 0\.004 there, 0\.5 now"):
-        job.tune(other, finished / "run", quiet)
-    with pytest.raises(RunFolderError, match="holds no run"):
-        job.tune(other, finished / "toy", quiet)
+def test_fixed_ranks_are_uniform_lora_and_nothing_beside_it(tiny_model: Path, toy_data: Path, tmp_path: Path) -> None:
+    options = ("training.ranks=fixed", "training.pilot=false", "evaluation.zero_shot=false")
+    found = tune(toy_config(tiny_model, toy_data, *OPTIONS, *options), tmp_path / "run", quiet)
+    assert [one.name for one in found.trials] == ["uniform"]
+    assert found.best.pilot is None
+    assert found.cost == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("override", "error", "message"),
-    [
-        ("budget.parameters=10", BudgetError, "below rank 1"),
-        ("allocation.n_stages=9", StageError, "9"),
-        ("schedules=[uniform,best]", ConfigError, "'best' does not exist"),
-        ("data.template=v7", ConfigError, "template 'v7' does not exist"),
-        ("data.max_length=8", DataError, "exceed 8"),
-        ("training.batch_size=5", None, ""),
-        ("training.device_batch_size=3", ConfigError, "not a multiple"),
-        ("device=tpu9", ConfigError, "tpu9"),
-        ("model=/nowhere", ConfigError, "no config.json"),
-    ],
-)
-def test_bad_requests_stop_before_anything_is_trained(
-    tiny_model: Path,
-    toy_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    override: str,
-    error: type[Exception] | None,
-    message: str,
+def test_a_pilot_without_validation_data_is_refused_before_anything_is_trained(
+    tiny_model: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    def trained(*_: object, **__: object) -> None:
-        raise InterruptedError("training began")
-
-    monkeypatch.setattr(VLMTrainer, "train", trained)
-    config = toy_config(tiny_model, toy_data, override)
-    with pytest.raises(error or InterruptedError, match=message or None):
-        job.tune(config, tmp_path / "run", quiet)
-
-
-def test_a_profile_of_another_model_is_refused(finished: Path, toy_data: Path, tmp_path: Path) -> None:
-    from tiny import save_tiny_model
-
-    deeper = save_tiny_model(tmp_path / "deeper", layers=5)
-    config = toy_config(deeper, toy_data)
-    study = trials.prepare_study(config, tmp_path / "run", quiet)
-    write_json(study.folder.profile, read_json(finished / "run/profile.json"))
-    with pytest.raises(GraphMismatchError):
-        measuring.measure_profile(study, quiet)
-
-
-def test_schedules_come_from_files_too(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
-    study = trials.prepare_study(toy_config(tiny_model, finished / "toy"), tmp_path / "run", quiet)
-    by_hand = read_json(finished / "run/schedules/uniform.json")
-    by_hand["name"] = "mine"
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(by_hand))
-    name, schedule = job.schedule_for(study, str(path), quiet)
-    assert name == "mine"
-    assert schedule is not None
-    assert job.schedule_for(study, "full", quiet) == ("full", None)
-    done = trials.run_trial(study, name, schedule, 0, quiet)
-    same = record(finished / "run", "uniform-seed0")
-    assert (done.train_losses, done.validation_loss) == (same.train_losses, same.validation_loss)
+    config = toy_config(tiny_model, toy_data, *RUN, "data.validation=null")
+    with pytest.raises(ConfigError, match=r"training.pilot=false"):
+        tune(config, tmp_path / "run", quiet)
+    assert not list((tmp_path / "run").glob("trials/*"))

@@ -27,7 +27,7 @@ SHORT = (
     "search.final_seeds=[]",
 )
 DONE = {
-    "tune": "trials/uniform-seed0/record.json",
+    "compare": "trials/uniform-seed0/record.json",
     "train": "trials/uniform-seed0/record.json",
     "search": "search.json",
 }

@@ -35,8 +35,6 @@ def child(command: str, config: str, run: Path, log: Path, delay: float) -> int:
 
 
 if __name__ == "__main__":
-    import hydra_vlm.dynamic
-    import hydra_vlm.tune  # noqa: F401
     from hydra_vlm.cli import main
 
     command, config, folder, tries = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])

@@ -18,13 +18,13 @@ import shutil
 import time
 from pathlib import Path
 
+from hydra_vlm.compare import compare
 from hydra_vlm.config import Config, load_config
 from hydra_vlm.files import write_json
 from hydra_vlm.measuring import measure_profile
 from hydra_vlm.rankbench.entry import Entry
 from hydra_vlm.rankbench.plan import plan, runs
 from hydra_vlm.trials import Study, prepare_study, run_trial
-from hydra_vlm.tune import tune
 
 TEACHING = ("data.train=worlds", "schedules=[full]", "training.steps=450", "evaluation.zero_shot=false")
 TRIAL = (
@@ -62,7 +62,7 @@ def taught(work: Path) -> Path:
     """The folder of the base, made first where it is not there."""
     base = work / "base"
     if not base.is_dir():
-        tune(load_config(None, TEACHING), work / "teaching")
+        compare(load_config(None, TEACHING), work / "teaching")
         shutil.copytree(work / "teaching" / "trials" / "full-seed0" / "model", work / "base.new")
         (work / "base.new").rename(base)
     return base

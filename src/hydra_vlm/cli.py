@@ -29,7 +29,7 @@ app = typer.Typer(
 
 LARGEST, LARGEST_SEED, LARGEST_BATCH = 2**31 - 1, 2**32 - 1, 2**20  # as `ranges.py` has them for a configuration
 
-SHARED = ("train", "profile", "tune", "pretrain")  # commands that several processes may run together
+SHARED = ("train", "profile", "tune", "compare", "pretrain")  # commands that several processes may run together
 
 data_app = typer.Typer(help="Benchmarks and data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -235,7 +235,7 @@ def profile(
 ) -> None:
     """Measure gradient norms, or another signal, in a short LoRA run."""
     settings = _config(config, context.args, on_bad_row, {"profile.signal": ("--signal", signal)})
-    from hydra_vlm.tune import profile as run
+    from hydra_vlm.train import profile as run
 
     measured = run(settings, out, _say)
     show(json.dumps(measured.to_json()) if as_json else measured.table())
@@ -256,7 +256,7 @@ def train(
 ) -> None:
     """Fine-tune with one schedule; keep adapter, answers, scores."""
     settings = _config(config, context.args, on_bad_row)
-    from hydra_vlm.tune import train as run
+    from hydra_vlm.train import train as run
 
     record = run(settings, out, schedule, seed, _say)
     show(json.dumps(record.to_json()) if as_json else record.summary())
@@ -457,9 +457,30 @@ def tune(
     on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Profile, allocate, fine-tune every schedule, compare, report."""
+    """Make the budget's best adapter: a pilot, ranks that move, uniform beside."""
     settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.tune import tune as run
+
+    with owning(out, _say):
+        found = run(settings, out, _say)
+        if as_json:
+            show(json.dumps(found.to_json()))
+        processes.by_first(lambda: _report(out, as_json=False, shown=not as_json))
+        if not as_json:
+            show(found.summary())
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def compare(
+    context: typer.Context,
+    config: ConfigArgument = None,
+    out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it goes on.")] = Path("runs/compare"),
+    on_bad_row: OnBadRowOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Profile, allocate, fine-tune every schedule, compare, report."""
+    settings = _config(config, context.args, on_bad_row)
+    from hydra_vlm.compare import compare as run
 
     with owning(out, _say):
         folder = run(settings, out, _say).path
@@ -688,7 +709,7 @@ def _leaving(out: Path) -> Iterator[None]:
         raise typer.Exit(stop.code if isinstance(stop, Interrupted) else 130) from None
 
 
-def _report(run: Path, as_json: bool) -> None:
+def _report(run: Path, as_json: bool, shown: bool = True) -> None:
     """results.json, report.html, and the comparison on standard output."""
     from hydra_vlm.files import write_json
     from hydra_vlm.report.comparison import compare
@@ -700,7 +721,8 @@ def _report(run: Path, as_json: bool) -> None:
         write_json(run / "results.json", comparison.to_json())
         page = write_report(run)
     finally:  # a table that cannot be kept is shown all the same
-        show(json.dumps(comparison.to_json()) if as_json else comparison.table())
+        if shown:
+            show(json.dumps(comparison.to_json()) if as_json else comparison.table())
     _say(f"report: {page}")
 
 

@@ -197,10 +197,13 @@ class TrainingConfig(_Section):
     tower_learning_rate: Rate | None = Field(
         None, description="of LoRA's A in the vision tower, where it is adapted (default: the learning rate)"
     )
+    pilot: bool = Field(
+        True, description="`tune` chooses rates by short beginnings of the run; the ones given are its first guess"
+    )
     ranks: Literal["fixed", "squeeze", "dynamic"] = Field(
         "squeeze",
-        description="of the schedule `moving`: squeeze starts `width` times as wide as the budget and decides once, "
-        "dynamic three times; fixed stays at the budget's uniform rank",
+        description="of `tune` and the schedule `moving`: squeeze starts `width` times as wide as the budget and "
+        "decides once, dynamic three times; fixed stays at the budget's uniform rank",
     )
     width: Positive = Field(2.0, ge=1, le=64, description="the first ranks over the budget's uniform rank")
     decide: Literal["uniform", "spectral", "hydra", "phi"] = Field(
@@ -344,6 +347,7 @@ class Config(_Section):
     profile: ProfileConfig = ProfileConfig()
     allocation: AllocationConfig = AllocationConfig()
     schedules: Annotated[tuple[Text, ...], Listed, Distinct] = ("uniform", "coarse", "fine")
+    baseline: bool = Field(True, description="`tune` trains uniform LoRA beside the run, with a pilot of its own")
     seeds: Seeds = Field((0,), min_length=1)
     scaling: ScalingConfig = ScalingConfig()
     training: TrainingConfig = TrainingConfig()

@@ -27,7 +27,7 @@ class TrialRecord:
     is the SHA-256 of the adapter that training went on from.
 
     `moves` are the decisions where ranks moved, `schedule` what they ended with; `pilot` chose the `learning_rates` by
-    part, where there was one.
+    part, where there was one. `training_seconds` are those of `seconds` before answering.
     """
 
     name: str
@@ -44,6 +44,7 @@ class TrialRecord:
     moves: tuple[Move, ...] = ()
     pilot: Pilot | None = None
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    training_seconds: float = 0.0
 
     @property
     def first_schedule(self) -> RankSchedule | None:
@@ -112,6 +113,7 @@ class TrialRecord:
             "validation_losses": [[step, none_for_nan(loss)] for step, loss in self.validation_losses],
             "kept_step": self.kept_step,
             "learning_rates": dict(self.learning_rates),
+            "training_seconds": self.training_seconds,
             **({"pilot": self.pilot.to_json()} if self.pilot else {}),
             **({"moves": [move.to_json() for move in self.moves]} if self.moves else {}),
         }
@@ -139,6 +141,7 @@ class TrialRecord:
             moves=tuple(Move.from_json(move) for move in data.get("moves", ())),
             pilot=Pilot.from_json(data["pilot"]) if data.get("pilot") else None,
             learning_rates={_text(part): finite(rate) for part, rate in dict(data.get("learning_rates", {})).items()},
+            training_seconds=at_least(0, finite(data.get("training_seconds", 0))),
         )
         found._require_sense(key)
         return found

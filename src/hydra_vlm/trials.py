@@ -67,6 +67,12 @@ from hydra_vlm.training.sharding import load_to_take_apart, on_training_device, 
 from hydra_vlm.training.trackers import require_trackers
 
 ZERO_SHOT = "zero-shot"
+MOVING = "moving"
+"""The name of a schedule that starts wider than the budget and ends inside it, as `training.ranks` says."""
+
+OTHERS = (FULL, OWN, MOVING)
+"""What `schedules` may name beside allocators."""
+
 SPENT = "spent.json"
 DAMAGED_SCHEDULE = "remove the folder of this trial, which is then trained anew"
 DAMAGED_RECORD = "remove it, and the trial goes on from its last checkpoint, or anew where none is left"
@@ -113,8 +119,8 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
         HydraError: a bad key, record, image, budget, stage count or folder, before anything is trained.
     """
     for name in config.schedules:
-        if name not in ALLOCATORS and name not in (FULL, OWN):
-            raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, FULL, OWN])}")
+        if name not in ALLOCATORS and name not in OTHERS:
+            raise ConfigError(f"schedule {name!r} does not exist: choose from {', '.join([*ALLOCATORS, *OTHERS])}")
         require_start(config, name)
     require_template(config.data.template)
     require_frugality(config, trains_base=FULL in config.schedules)
@@ -221,6 +227,7 @@ def run_trial(
         settings = settings.model_copy(update={"learning_rate": learning_rate})
     wish = _Wish(name, schedule, moving, pilot)
     with _trained(study, wish, seed, settings, folder, watch, say) as (done, ended, moves, piloted):
+        training_seconds = before_now + time.monotonic() - started
         scores = by_first(lambda: answer_and_score(study, done.model, folder))
     study.require_unchanged(folder)
     rates = piloted.chosen.settings(settings) if piloted is not None else settings
@@ -238,6 +245,7 @@ def run_trial(
         kept_step=done.kept_step,
         moves=moves,
         pilot=piloted,
+        training_seconds=training_seconds,
         learning_rates={} if schedule is None else Rates.of(rates).to_json(),
     )
     by_first(lambda: _keep_record(record, folder))

@@ -61,7 +61,8 @@ def wide_schedule(graph: ComputationGraph, budget: Budget, scaling: Scaling, wid
     asked = max(budget.rank, round(width * budget.rank))
     halves = (min(p.in_features, p.out_features) // 2 for p in graph.projections)
     ranks = tuple(max(budget.rank, min(asked, half)) for half in halves)
-    return RankSchedule("wide", graph, ranks, max(budget.parameters, graph.parameters(ranks)), scaling=scaling)
+    own = scaling.under(graph, budget.parameters)  # whatever the ranks at first, steps are those of the budget
+    return RankSchedule("wide", graph, ranks, max(budget.parameters, graph.parameters(ranks)), scaling=own)
 
 
 @dataclass(frozen=True)

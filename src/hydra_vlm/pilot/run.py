@@ -36,11 +36,7 @@ def piloted(job: Job, schedule: RankSchedule, first: Path, say: Say) -> tuple[Jo
         ConfigError: there is no validation data to measure candidates on.
         TrainingError: no candidate had a finite loss.
     """
-    if not job.data.validation:
-        raise ConfigError(
-            "training.pilot chooses rates by their validation loss, and there are no validation records: name a file "
-            "as data.validation, or set training.pilot=false"
-        )
+    require_measurable(validated=bool(job.data.validation))
     stored = job.folder / DONE
     pilot = by_first(lambda: read_value(stored, Pilot.from_json, REMEDY) if stored.is_file() else None)
     if pilot is None:
@@ -48,6 +44,15 @@ def piloted(job: Job, schedule: RankSchedule, first: Path, say: Say) -> tuple[Jo
         by_first(lambda: write_json(stored, pilot.to_json()))
     say(pilot.summary())
     return replace(job, settings=pilot.chosen.settings(job.settings)), pilot
+
+
+def require_measurable(validated: bool) -> None:
+    """Raises ConfigError where nothing tells which rates are better."""
+    if not validated:
+        raise ConfigError(
+            "training.pilot chooses rates by their validation loss, and there are no validation records: name a file "
+            "as data.validation, or set training.pilot=false"
+        )
 
 
 def _search(job: Job, schedule: RankSchedule, first: Path) -> Pilot:
