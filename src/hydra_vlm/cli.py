@@ -457,7 +457,7 @@ def tune(
     on_bad_row: OnBadRowOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the budget's best adapter: a pilot, ranks that move, uniform beside."""
+    """Make the budget's best adapter, and the evidence that it is."""
     settings = _config(config, context.args, on_bad_row)
     from hydra_vlm.tune import tune as run
 
