@@ -150,7 +150,7 @@ MAY_IMPORT = {
         "signals",
         "strict",
     ),
-    "planning": ("allocation", "benchmarks", "config", "data", "errors", "graph", "models", "schedule"),
+    "planning": ("allocation", "benchmarks", "config", "data", "errors", "graph", "models", "moving", "schedule"),
     "commands": (
         "allocation",
         "benchmarks",

@@ -16,6 +16,7 @@ from hydra_vlm.interruption import Interrupted
 from hydra_vlm.pilot.candidates import Length, Pilot, Tried, Tuned, following, winner
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.training import trainer
+from hydra_vlm.training.rates import Rates
 from striking import OPTIONS, Place, killing
 from tiny import toy_config, write_toy_data
 
@@ -70,7 +71,17 @@ def test_all_candidates_cost_a_fifth_or_a_third(steps: int) -> None:
 def test_the_towers_rate_keeps_its_ratio() -> None:
     settings = TrainingConfig(learning_rate=1e-3, tower_learning_rate=2e-3)
     assert Tuned(4e-3, 2.0, 1e-3).settings(settings).tower_learning_rate == pytest.approx(8e-3)
-    assert Tuned.of(TrainingConfig(learning_rate=1e-3)).settings(TrainingConfig()).tower_learning_rate is None
+    assert Tuned.of(TrainingConfig(), 1e-3).settings(TrainingConfig()).tower_learning_rate is None
+
+
+def test_a_single_rate_stays_single() -> None:
+    settings = TrainingConfig(learning_rate=1e-3, rates="single")
+    guess = Tuned.of(settings, 1e-3)
+    tried = [Tried(guess, 1.0, 1), Tried(guess.moved("learning_rate", 1), 2.0, 1)]
+    assert following(guess, tried) == Tuned(4e-4)
+    assert following(guess, [*tried, Tried(Tuned(4e-4), 2.0, 1)]) is None
+    assert set(Rates.of(Tuned(4e-4).settings(settings)).to_json().values()) == {4e-4}
+    assert Tuned.from_json(guess.to_json()) == guess
 
 
 @pytest.fixture(scope="module")

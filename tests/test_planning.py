@@ -214,8 +214,11 @@ def test_a_plan_reads_the_data_and_names_every_phase(saved: Path, toy_data: Path
     text, found = plan_config(config, 4.0)
     phases = {phase["name"]: phase for phase in found["phases"]}
     assert list(phases) == [
-        "profile", "training", "full fine-tuning", "validation", "evaluation", "search", "image features"
-    ]  # fmt: skip
+        *("profile", "training", "wide training", "full fine-tuning", "validation", "evaluation", "search"),
+        "image features",
+    ]
+    assert phases["wide training"]["steps"] == 3
+    assert phases["wide training"]["peak_bytes"] > phases["training"]["peak_bytes"]
     assert phases["training"]["steps"] == 6  # 8 records in batches of 4, three times
     assert phases["full fine-tuning"]["peak_bytes"] > phases["training"]["peak_bytes"]
     assert phases["search"]["flops"] > 20 * phases["training"]["flops"]

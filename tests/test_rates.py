@@ -44,9 +44,12 @@ def test_names_with_and_without_peft_are_of_one_part(tiny_model: Path) -> None:
     assert part_of(f"{layer}.weight", parts) == "a"  # the decoder, trained whole
 
 
-def test_one_rate_for_all_is_the_default(tiny_model: Path, toy_data: Path) -> None:
+def test_what_is_left_out(tiny_model: Path, toy_data: Path) -> None:
     settings = toy_config(tiny_model, toy_data, "training.learning_rate=2e-3").training
-    assert set(Rates.of(settings).to_json().values()) == {2e-3}
+    assert Rates.of(settings) == Rates(2e-3, 8e-3, 5e-4, 2e-3, 8e-3)
+    single = settings.model_copy(update={"rates": "single"})
+    assert set(Rates.of(single).to_json().values()) == {2e-3}
+    assert Rates.of(single.model_copy(update={"projector_learning_rate": 1e-5})).projector == 1e-5
 
 
 def test_each_part_takes_a_step_of_its_rate(tiny_model: Path, toy_data: Path, tmp_path: Path) -> None:

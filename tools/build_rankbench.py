@@ -32,6 +32,7 @@ TRIAL = (
     "training.steps=90",
     "training.batch_size=24",
     "training.learning_rate=3e-3",
+    "training.rates=single",
     "scaling.rule=constant",
     "training.group_by_length=true",
     "profile.steps=20",

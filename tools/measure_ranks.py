@@ -29,7 +29,7 @@ GROUNDS = {
     "worlds": (None, ("data.train=worlds",)),
     "smol": (Path("smol"), ()),
 }
-ONE_RATE = ("training.b_ratio=1", "training.projector_learning_rate=null", "scaling.rule=constant")
+ONE_RATE = ("training.rates=single", "scaling.rule=constant")
 
 
 def keys_of(arm: str) -> tuple[tuple[str, ...], bool, bool]:

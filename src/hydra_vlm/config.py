@@ -192,8 +192,15 @@ class TrainingConfig(_Section):
     epochs: Positive = 1.0
     learning_rate: Rate = 4e-3
     full_learning_rate: Rate = Field(1e-3, description="of the baseline that trains the whole decoder")
-    b_ratio: Positive = Field(1.0, description="learning rate of LoRA's B over that of A (LoRA+); 1: one rate")
-    projector_learning_rate: Rate | None = Field(None, description="default: the learning rate")
+    rates: Literal["by-part", "single"] = Field(
+        "by-part",
+        description="by-part: `learning_rate` is that of LoRA's A, B and the projector have their own; single: it is "
+        "that of all that is trained, as in the paper",
+    )
+    b_ratio: Positive = Field(4.0, description="by-part: learning rate of LoRA's B over that of A (LoRA+)")
+    projector_learning_rate: Rate | None = Field(
+        None, description="default: by-part a quarter of the learning rate, single the learning rate"
+    )
     tower_learning_rate: Rate | None = Field(
         None, description="of LoRA's A in the vision tower, where it is adapted (default: the learning rate)"
     )

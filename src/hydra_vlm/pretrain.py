@@ -104,7 +104,8 @@ def save_model(loaded: LoadedModel, source: Path, folder: Path) -> None:
 
 
 def _train(study: Study, seed: int, folder: Path, started: float) -> tuple[LoadedModel, TrialRecord]:
-    loaded, settings = study.fresh_model(), study.config.training
+    loaded = study.fresh_model()
+    settings = study.config.training.model_copy(update={"rates": "single"})  # the projector alone has the learning rate
     model: Any = prepare_projector(loaded)
     done = finetune(model, loaded, study.data, settings, seed, folder / "checkpoints")
     trained = {part: count for part, count in done.trained.items() if count}

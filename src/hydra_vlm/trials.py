@@ -41,6 +41,7 @@ from hydra_vlm.moving.phases import first_folder, trained_moving
 from hydra_vlm.moving.plan import Move, Plan, plan_of
 from hydra_vlm.pilot.candidates import Pilot
 from hydra_vlm.pilot.run import piloted as pilot_run
+from hydra_vlm.planning.plan import WIDE
 from hydra_vlm.planning.run import estimate
 from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.records import TrialRecord
@@ -323,7 +324,7 @@ def _trained(
         yield Finetuned(study.base.model, {}, (), math.nan), None, (), None
     elif wish.schedule is None:
         loaded = study.fresh_model()
-        settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate})
+        settings = settings.model_copy(update={"learning_rate": settings.full_learning_rate, "rates": "single"})
         opened = prepare(loaded, None, settings, seed)
         expected = study.estimate("full fine-tuning")
         done = finetune(
@@ -332,8 +333,9 @@ def _trained(
         by_first(lambda: keep_weights(loaded, done.model, None, folder))
         yield done, None, (), None
     else:
-        job = Job(study.base, study.data, settings, seed, folder / "checkpoints", study.estimate("training"), watch)
         plan = _plan(study, wish.schedule, settings, wish.moving)
+        expected = study.estimate(WIDE if plan.points else "training")
+        job = Job(study.base, study.data, settings, seed, folder / "checkpoints", expected, watch)
         piloted = None
         if wish.pilot:
             job, piloted = pilot_run(job, wish.schedule, first_folder(job, plan), say)

@@ -24,35 +24,43 @@ LONG = 600
 
 @dataclass(frozen=True)
 class Tuned:
-    """The rates that a pilot chooses."""
+    """The rates that a pilot chooses; b_ratio and the projector's are None where all have one rate."""
 
     learning_rate: float
-    b_ratio: float
-    projector_learning_rate: float
+    b_ratio: float | None = None
+    projector_learning_rate: float | None = None
 
     @classmethod
-    def of(cls, settings: TrainingConfig) -> "Tuned":
-        """The configuration's own: the guess that a pilot begins with."""
-        projector = settings.projector_learning_rate or settings.learning_rate
+    def of(cls, settings: TrainingConfig, projector: float) -> "Tuned":
+        """The configuration's own, the guess that a pilot begins with; `projector` is its learning rate in them."""
+        if settings.rates == "single":
+            return cls(settings.learning_rate)
         return cls(settings.learning_rate, settings.b_ratio, projector)
 
     def settings(self, settings: TrainingConfig) -> TrainingConfig:
         """The configuration with these rates; the tower's keeps its ratio to the decoder's."""
         tower = settings.tower_learning_rate
         scaled = None if tower is None else tower * self.learning_rate / settings.learning_rate
-        return settings.model_copy(update={**self.to_json(), "tower_learning_rate": scaled})
+        known = {key: value for key, value in self.to_json().items() if value is not None}
+        return settings.model_copy(update={**known, "tower_learning_rate": scaled})
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What there is to search, in order."""
+        return tuple(axis for axis in FACTORS if getattr(self, axis) is not None)
 
     def moved(self, axis: str, steps: int) -> "Tuned":
         """Neighbour number `steps` on an axis, upwards or (below 0) downwards."""
         value = getattr(self, axis) * FACTORS[axis] ** steps
         return replace(self, **{axis: float(f"{value:.4g}")})
 
-    def to_json(self) -> dict[str, float]:
-        return {
-            "learning_rate": self.learning_rate,
-            "b_ratio": self.b_ratio,
-            "projector_learning_rate": self.projector_learning_rate,
-        }
+    def to_json(self) -> dict[str, float | None]:
+        return {axis: getattr(self, axis) for axis in FACTORS}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Tuned":
+        others = [None if data[axis] is None else finite(data[axis]) for axis in list(FACTORS)[1:]]
+        return cls(finite(data["learning_rate"]), *others)
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,9 @@ class Pilot:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Pilot":
-        chosen = Tuned(**{axis: finite(data["chosen"][axis]) for axis in FACTORS})
-        return cls(tried_from_json(data["tried"]), chosen, at_least(0, whole(data["thrown_away"])))
+        return cls(
+            tried_from_json(data["tried"]), Tuned.from_json(data["chosen"]), at_least(0, whole(data["thrown_away"]))
+        )
 
 
 def following(guess: Tuned, tried: Sequence[Tried]) -> Tuned | None:
@@ -123,7 +132,7 @@ def following(guess: Tuned, tried: Sequence[Tried]) -> Tuned | None:
         return guess
     known = {one.rates for one in tried}
     best = winner(tried)
-    for axis in FACTORS:
+    for axis in guess.axes:
         for step in (1, -1):
             neighbour = best.moved(axis, step)
             if not any(_same(neighbour, other) for other in known):
@@ -138,7 +147,7 @@ def winner(tried: Sequence[Tried]) -> Tuned:
         return tried[0].rates
     lowest = min(one.loss for one in sound)
     equal = [one.rates for one in sound if one.loss <= lowest * (1 + TIE)]
-    return min(equal, key=lambda rates: (rates.learning_rate, rates.b_ratio, rates.projector_learning_rate))
+    return min(equal, key=lambda rates: [getattr(rates, axis) for axis in rates.axes])
 
 
 def tried_to_json(tried: Sequence[Tried]) -> list[dict[str, Any]]:
@@ -150,7 +159,7 @@ def tried_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Tried, ...]:
     """The inverse of `tried_to_json`."""
     return tuple(
         Tried(
-            Tuned(**{axis: finite(one[axis]) for axis in FACTORS}),
+            Tuned.from_json(one),
             nan_for_none(one["loss"]),
             at_least(0, whole(one["steps"])),
         )
@@ -159,8 +168,10 @@ def tried_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Tried, ...]:
 
 
 def _brief(rates: Tuned) -> str:
-    return f"{rates.learning_rate:g} x {rates.b_ratio:g}, projector {rates.projector_learning_rate:g}"
+    if rates.b_ratio is None:
+        return f"{rates.learning_rate:g}"
+    return f"{rates.learning_rate:g} (B x {rates.b_ratio:g}, projector {rates.projector_learning_rate:g})"
 
 
 def _same(one: Tuned, other: Tuned) -> bool:
-    return all(math.isclose(getattr(one, axis), getattr(other, axis), rel_tol=0.01) for axis in FACTORS)
+    return all(math.isclose(getattr(one, axis), getattr(other, axis), rel_tol=0.01) for axis in one.axes)

@@ -20,6 +20,7 @@ from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.training.checkpoints import last_whole_checkpoint
 from hydra_vlm.training.job import Job, Say
 from hydra_vlm.training.legs import Leg
+from hydra_vlm.training.rates import Rates
 from hydra_vlm.training.recipe import adapting
 
 DONE = "pilot.json"
@@ -56,7 +57,7 @@ def require_measurable(validated: bool) -> None:
 
 
 def _search(job: Job, schedule: RankSchedule, first: Path) -> Pilot:
-    guess, folder = Tuned.of(job.settings), job.folder / "pilot"
+    guess, folder = Tuned.of(job.settings, Rates.of(job.settings).projector), job.folder / "pilot"
     length = Length.of(job.settings.total_steps(len(job.data.train)))
     tried = by_first(lambda: _so_far(folder / TRIED))
     while length.affords(tried) and (rates := following(guess, tried)) is not None:

@@ -6,11 +6,15 @@ from statistics import fmean
 from typing import Any
 
 from hydra_vlm.config import Config
+from hydra_vlm.moving.plan import DYNAMIC, SQUEEZE
 from hydra_vlm.planning import flops, memory
 from hydra_vlm.planning.lengths import DataSize, Rows
 from hydra_vlm.planning.shapes import Batch, Manner, Memory, Shape
 
 GIB = 2**30
+WIDE = "wide training"
+"""The phase until ranks have moved to the budget, planned as if all of it were as wide as its beginning."""
+
 RUNTIME = {"cpu": 0.52, "cuda": 0.6, "mps": 0.6}
 """GiB that are taken before there is a model: Python with torch and transformers after a first step (resident memory on
 Linux, as `tools/bench_plan.py` measures it), or the CUDA context with its libraries (not measured here)."""
@@ -121,10 +125,13 @@ def manner_of(config: Config, kind: str) -> Manner:
     )
 
 
-def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, devices: int = 1) -> Plan:
+def plan_of(
+    config: Config, shape: Shape, data: DataSize, device: Device, devices: int = 1, wide: Shape | None = None
+) -> Plan:
     """Every phase that the configuration asks for.
 
     `shape` carries the measuring (uniform) adapter; every schedule under the same budget has at most its parameters.
+    `wide` carries the adapter with which a training begins whose ranks move, where they do.
     """
     how = manner_of(config, device.kind)
     training = config.training
@@ -140,14 +147,17 @@ def plan_of(config: Config, shape: Shape, data: DataSize, device: Device, device
     usual = batch(on_one, data.train.padded(on_one, training.group_by_length), fmean(data.train.lengths))
     once = data.images * shape.tower.forward if is_cached else 0
 
-    def step(full: bool, steps: int | None, name: str, first: int = 0) -> Phase:
-        own = cached.bare if full else cached
+    def step(full: bool, steps: int | None, name: str, first: int = 0, widely: Shape | None = None) -> Phase:
+        own = replace(widely, tower=cached.tower) if widely else cached.bare if full else cached
         held = memory.training_step(own, worst, how, full, trains_projector)
         work = accumulation * flops.training_step(own, usual, how, full, trains_projector).total
         return Phase(name, "step", held + extra, work, steps, worst, first)
 
     steps = _steps(config, data)
     phases = [step(False, config.profile.steps, "profile", once), step(False, steps, "training")]
+    if wide is not None:
+        share = {"squeeze": SQUEEZE, "dynamic": DYNAMIC}[training.ranks][-1]
+        phases.append(step(False, None if steps is None else round(share * steps), WIDE, widely=wide))
     if "full" in config.schedules:
         phases.append(step(True, steps, "full fine-tuning"))
     validation = _validation(cached, data, how, 2 * on_one, trains_projector, extra)

@@ -13,11 +13,12 @@ from hydra_vlm.graph import ComputationGraph
 from hydra_vlm.models.loading import resolve_model
 from hydra_vlm.models.processors import load_processor
 from hydra_vlm.models.structure import image_token
+from hydra_vlm.moving.plan import wide_schedule
 from hydra_vlm.planning.advice import Planner, Remedy, remedies
 from hydra_vlm.planning.lengths import DataSize, data_size
 from hydra_vlm.planning.plan import GIB, Device, Plan, plan_of
 from hydra_vlm.planning.reading import Outline, outline, shape_of
-from hydra_vlm.schedule import RankSchedule
+from hydra_vlm.schedule import RankSchedule, Scaling
 
 
 def make_plan(config: Config, gigabytes: float | None = None) -> tuple[Plan, tuple[Remedy, ...]]:
@@ -46,7 +47,8 @@ def planner_of(config: Config, device: Device) -> Planner:
     def plan(changed: Config) -> Plan:
         if changed.data.max_length not in read:
             read[changed.data.max_length] = data_size(changed, processor, longest, mark)
-        found = plan_of(changed, shape, read[changed.data.max_length], device)
+        wide = shape_of(source, _wide(source.parts.graph, changed)) if changed.training.ranks != "fixed" else None
+        found = plan_of(changed, shape, read[changed.data.max_length], device, wide=wide)
         return replace(found, notes=source.parts.graph.notes)
 
     return plan
@@ -71,6 +73,11 @@ def estimate(config: Config, phase: str = "training", gigabytes: float | None = 
 def _uniform(graph: ComputationGraph, config: Config) -> RankSchedule:
     budget = Budget.asked(graph, config.budget.rank, config.budget.parameters)
     return allocate("uniform", AllocationRequest(graph, budget))
+
+
+def _wide(graph: ComputationGraph, config: Config) -> RankSchedule:
+    budget = Budget.asked(graph, config.budget.rank, config.budget.parameters)
+    return wide_schedule(graph, budget, Scaling(), config.training.width)
 
 
 def _processor(config: Config, source: Outline) -> Any | None:

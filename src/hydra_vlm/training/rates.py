@@ -12,6 +12,9 @@ from torch import nn
 from hydra_vlm.config import TrainingConfig
 from hydra_vlm.models.structure import ModelParts
 
+PROJECTOR_SHARE = 0.25
+"""The projector's learning rate over that of A, where it is not given: trained whole, it is moved further by a step."""
+
 WRAPPED = "base_model.model."
 
 
@@ -32,12 +35,13 @@ class Rates:
     def of(cls, settings: TrainingConfig) -> "Rates":
         """The configuration's rates, what is left out filled in."""
         rate, tower = settings.learning_rate, settings.tower_learning_rate or settings.learning_rate
+        ratio, share = (1.0, 1.0) if settings.rates == "single" else (settings.b_ratio, PROJECTOR_SHARE)
         return cls(
             a=rate,
-            b=rate * settings.b_ratio,
-            projector=settings.projector_learning_rate or rate,
+            b=rate * ratio,
+            projector=settings.projector_learning_rate or rate * share,
             tower_a=tower,
-            tower_b=tower * settings.b_ratio,
+            tower_b=tower * ratio,
         )
 
     def to_json(self) -> dict[str, float]:
