@@ -96,9 +96,12 @@ def test_every_figure_is_drawn_without_an_error(opened: Opened) -> None:
 
 def test_rank_maps_show_every_rank(opened: Opened) -> None:
     cells = re.findall(r'class="heatmap-label">.*?<text[^>]*>(\d+)<', opened.body)
-    schedules = load_run(opened.run).schedules
-    assert len(schedules) == 4
-    assert sorted(map(int, cells)) == sorted(rank for schedule in schedules for rank in schedule.ranks)
+    run = load_run(opened.run)
+    assert len(run.schedules) == 4
+    assert run.profile is not None
+    norms = [text for value in run.profile.signal().values if (text := f"{value:.3g}").isdigit()]
+    ranks = [str(rank) for schedule in run.schedules for rank in schedule.ranks]
+    assert sorted(cells) == sorted(ranks + norms)
 
 
 def test_stages_are_coloured_and_named(opened: Opened) -> None:
@@ -130,5 +133,5 @@ def test_there_is_something_to_see(opened: Opened) -> None:
 
 def test_a_run_without_trials_is_drawn_too(tmp_path: Path) -> None:
     page = open_page(fake_run(tmp_path / "run", names=(), n_layers=3), tmp_path)
-    assert 'data-figures="6"' in page.root
+    assert 'data-figures="7"' in page.root
     assert "data-errors" not in page.root

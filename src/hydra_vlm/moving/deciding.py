@@ -9,10 +9,11 @@ A probe is the validation loss of the wide adapter cut to a schedule, without fu
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hydra_vlm.allocation import AllocationRequest, allocate
-from hydra_vlm.errors import ConfigError
+from hydra_vlm.errors import BudgetError, ConfigError, StageError
 from hydra_vlm.schedule import RankSchedule
 from hydra_vlm.search.objective import Objective
 from hydra_vlm.search.phi import DEFAULT, Observation, propose
@@ -79,7 +80,7 @@ def spectral(evidence: Evidence, probe: Probe) -> Decision:
 
 def hydra(evidence: Evidence, probe: Probe) -> Decision:
     """The fine schedule of the gradient norms seen so far, cut to the ranks that there are."""
-    return Decision(_within(evidence, allocate("fine", evidence.request)))
+    return Decision(_within(evidence, _staged(evidence.request)))
 
 
 def phi(evidence: Evidence, probe: Probe) -> Decision:
@@ -89,7 +90,7 @@ def phi(evidence: Evidence, probe: Probe) -> Decision:
     seen: list[Observation] = []
     first = [allocate("uniform", request), _by_spectra(evidence)]
     if request.profile is not None:
-        first.append(_within(evidence, allocate("fine", request)))
+        first.append(_within(evidence, _staged(request)))
     waiting = [into_space(space, schedule.ranks) for schedule in first]
     while len(seen) < evidence.probes:
         known = {one.candidate.key for one in seen}
@@ -120,6 +121,14 @@ def _by_spectra(evidence: Evidence) -> RankSchedule:
     ones = [1] * len(evidence.spectra)
     ranks = fill(ones, request.graph, request.budget.parameters, worth, most=evidence.widest)
     return request.schedule("spectral", ranks)
+
+
+def _staged(request: AllocationRequest) -> RankSchedule:
+    """Fine ranks of as many stages as were asked for, or as the budget can keep apart; the schedule names them."""
+    for stages in range(request.n_stages, 1, -1):
+        with suppress(BudgetError, StageError):
+            return allocate("fine", replace(request, n_stages=stages))
+    return allocate("fine", replace(request, n_stages=1))
 
 
 def _within(evidence: Evidence, schedule: RankSchedule) -> RankSchedule:
