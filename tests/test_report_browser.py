@@ -95,7 +95,7 @@ def test_every_figure_is_drawn_without_an_error(opened: Opened) -> None:
 
 
 def test_rank_maps_show_every_rank(opened: Opened) -> None:
-    cells = re.findall(r'class="heatmap-label">.*?<text[^>]*>(\d+)<', opened.body)
+    cells = re.findall(r'class="heatmap-label"><text[^>]*>(\d+)<', opened.body)
     run = load_run(opened.run)
     assert len(run.schedules) == 4
     assert run.profile is not None
