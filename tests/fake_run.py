@@ -4,11 +4,14 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.graph import ComputationGraph, llama_graph
+from hydra_vlm.moving.plan import Move
+from hydra_vlm.pilot.candidates import Pilot, Tried, Tuned
 from hydra_vlm.profile import GradientNormProfile, partition_into_stages
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.schedule import RankSchedule, hand_schedule
@@ -16,8 +19,18 @@ from hydra_vlm.schedule import RankSchedule, hand_schedule
 ACCURACY = {"zero-shot": 0.2, "uniform": 0.80, "coarse": 0.81, "fine": 0.84, "full": 0.9}
 """What each trial gets right, before noise."""
 
-LOSS = {"zero-shot": math.nan, "uniform": 0.42, "coarse": 0.40, "fine": 0.37, "full": 0.30}
+LOSS = {
+    "zero-shot": math.nan,
+    "uniform": 0.42,
+    "coarse": 0.40,
+    "fine": 0.37,
+    "full": 0.30,
+    "squeeze": 0.35,
+    "dynamic": 0.34,
+}
 TASKS = ("shape", "colour")
+MOVES = {"squeeze": (100,), "dynamic": (60, 90, 120)}
+"""After which of 200 steps ranks move in trials of these names; they have a pilot and leave no schedule file."""
 
 
 def fake_profile(graph: ComputationGraph, seed: int = 0) -> GradientNormProfile:
@@ -67,6 +80,7 @@ def fake_run(
     measured = fake_profile(graph)
     schedules = fake_schedules(measured) | dict(extra or {})
     folder.mkdir(parents=True, exist_ok=True)
+    moving = {name: replace(schedules["fine"], name=name) for name in names if name in MOVES}
     config = "model: embedded\ndata: {train: easy-vqa, test: null}\ntraining: {steps: 200, batch_size: 32}\n"
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     environment = {"command": "hydra-vlm tune --out RUN", "device": "cpu", "versions": {"torch": "2.13.0"}}
@@ -78,7 +92,7 @@ def fake_run(
         write_json(folder / "schedules" / f"{name}.json", schedule.to_json())
     for name in names:
         for seed in seeds[:1] if name == "zero-shot" else seeds:
-            fake_trial(folder, name, seed, schedules.get(name), questions, benchmarks)
+            fake_trial(folder, name, seed, (schedules | moving).get(name), questions, benchmarks)
     return folder
 
 
@@ -118,7 +132,42 @@ def fake_trial(
         scores=tuple(scores),
         seconds=31.5,
     )
+    if name in MOVES and schedule is not None:
+        pilot = fake_pilot(seed)
+        moves = fake_moves(schedule, MOVES[name], "phi" if name == "dynamic" else "spectral", seed)
+        rates = {"a": pilot.chosen.learning_rate, "b": 4 * pilot.chosen.learning_rate, "projector": 1e-3}
+        record = replace(record, moves=moves, pilot=pilot, learning_rates=rates)
     write_json(home / "record.json", record.to_json())
+
+
+def fake_moves(end: RankSchedule, steps: Sequence[int], decider: str, seed: int = 0) -> tuple[Move, ...]:
+    """From twice uniform LoRA's rank, in as many steps, to the ranks of `end`; phi has probed four schedules."""
+    graph, rng = end.graph, random.Random(seed)
+    before = (2 * end.budget // graph.cost,) * len(graph.projections)
+    moves = []
+    for number, step in enumerate(steps, start=1):
+        share = number / len(steps)
+        ranks = tuple(round(b + share * (e - b)) for b, e in zip(before, end.ranks, strict=True))
+        after = replace(end, ranks=ranks, budget=max(end.budget, graph.parameters(ranks)), stages=None, delta=None)
+        spectra = tuple(
+            tuple(rng.uniform(1, 3) * 0.5**k * (1 + p.layer / graph.n_layers) for k in range(b))
+            for b, p in zip(before, graph.projections, strict=True)
+        )
+        spectra = tuple(tuple(sorted(found, reverse=True)) for found in spectra)
+        tried = [tuple(max(1, rank + rng.randint(-1, 0)) for rank in ranks) for _ in range(3)]
+        probed = tuple((found, 0.5 + rng.random() / 10) for found in tried)
+        told = (*probed, (ranks, 0.49)) if decider == "phi" else ()
+        moves.append(Move(step, decider, before, after, 0.46, 0.49, spectra, told, 640, 2.5))
+        before = ranks
+    return tuple(moves)
+
+
+def fake_pilot(seed: int = 0) -> Pilot:
+    """Four candidates: the guess, one that was ended, a tie at a higher rate, and the winner."""
+    rates = [Tuned(rate, 4.0, 1e-3) for rate in (1e-3, 1.5625e-2, 6.25e-3, 2.5e-3 + seed * 1e-4)]
+    losses = (0.9, math.nan, 0.699, 0.7)
+    tried = tuple(Tried(rate, loss, 19) for rate, loss in zip(rates, losses, strict=True))
+    return Pilot(tried, rates[-1], thrown_away=60)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from fake_run import fake_run, fake_trial, write_json
+from fake_run import fake_moves, fake_profile, fake_run, fake_schedules, fake_trial, write_json
 from hydra_vlm.benchmarks.protocol import Score
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.graph import llama_graph
+from hydra_vlm.moving.plan import Move
 from hydra_vlm.records import TrialRecord
-from hydra_vlm.report import figures
+from hydra_vlm.report import figures, move_figures
 from hydra_vlm.report.comparison import Comparison, _merged, compare
 from hydra_vlm.report.page import write_report
-from hydra_vlm.report.run import load_run
+from hydra_vlm.report.rates import differing_rates, own_rates
+from hydra_vlm.report.run import RunData, load_run
 from hydra_vlm.schedule import RankSchedule, Scaling, hand_schedule
 from hydra_vlm.signals import Signal
 
@@ -163,6 +166,60 @@ def test_folders_that_do_not_read(tmp_path: Path) -> None:
     (tmp_path / "trials" / "uniform-seed0" / "record.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"record\.json does not read"):
         load_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    """As `tune` leaves it: no schedule files."""
+    home = tmp_path_factory.mktemp("moved")
+    fake_run(home, ("uniform", "squeeze", "dynamic"), (0, 1), n_layers=3, questions=20, profile=False)
+    shutil.rmtree(home / "schedules")
+    write_report(home)
+    return load_run(home)
+
+
+def test_most_trainable_parameters_stand_beside_the_shipped_ones(moved: RunData, comparison: Comparison) -> None:
+    found = compare(moved)
+    head, *rows = found.overview()
+    shown = {row[0]: (row[head.index("LoRA parameters")], row[head.index("most trainable")]) for row in rows}
+    cost = moved.ended_schedules()[0].graph.cost
+    squeeze = found.row("squeeze")
+    assert shown["uniform"] == (f"{8 * cost:,}",) * 2
+    assert shown["squeeze"] == (f"{squeeze.parameters:,}", f"{16 * cost:,}")
+    assert squeeze.to_json()["most_trainable"] == 16 * cost
+    assert f"LoRA parameters, {16 * cost:,} in training (2 seeds)" in found.headline()
+    assert f'<td class="number">{16 * cost:,}</td>' in (moved.folder / "report.html").read_text(encoding="utf-8")
+    assert "most trainable" not in comparison.table()
+
+
+def test_learning_rates_are_shown_where_trials_differ(moved: RunData, comparison: Comparison) -> None:
+    assert differing_rates({"one": [{"a": 1e-3, "b": 4e-3}], "two": [{"a": 1e-3, "b": 4e-3}]}) == []
+    varied = {"one": [{"a": 1e-3, "b": 4e-3}], "two": [{"a": 1e-3, "b": 2e-3}, {"a": 1e-3, "b": 8e-3}]}
+    assert differing_rates(varied) == [["schedule", "B"], ["one", "0.004"], ["two", "0.002 to 0.008"]]
+    assert differing_rates({"one": [{"a": 1}, {}], "two": [{"a": 2}], "three": [{}]})[3] == ["three", "–"]
+    trial = TrialRecord("fine", 0, None, {"lora": 1}, (), 2.0, (), 1.0, learning_rates={"a": 1, "projector": 2})
+    assert own_rates(trial) == {"a": 1}
+    assert own_rates(replace(trial, trained={"lora": 1, "projector": 3})) == {"a": 1, "projector": 2}
+    rates = "Peak learning rates"
+    assert "0.0025 to 0.0026  0.01 to 0.0104" in compare(moved).table()
+    assert rates in (moved.folder / "report.html").read_text(encoding="utf-8")
+    assert rates not in comparison.table()
+
+
+def test_seeds_whose_ranks_moved_may_ship_different_counts(tmp_path: Path) -> None:
+    fake_run(tmp_path, names=("uniform", "squeeze"), seeds=(0, 1), n_layers=2, questions=5)
+    path = tmp_path / "trials" / "squeeze-seed1" / "record.json"
+    record = json.loads(path.read_text())
+    one = record["schedule"]
+    one["ranks"][0]["q_proj"] -= 1
+    one["parameters"] -= 128
+    record["trained"]["lora"] -= 128
+    write_json(path, record)
+    assert compare(load_run(tmp_path)).row("squeeze").parameters == one["parameters"] + 128
+    record["trained"]["lora"] -= 1
+    write_json(path, record)
+    with pytest.raises(RunFolderError, match="'squeeze' disagree on LoRA parameters"):
+        compare(load_run(tmp_path))
 
 
 class Page(HTMLParser):
@@ -348,3 +405,106 @@ def test_validation_losses_on_the_way_are_marked_and_the_kept_step_ringed() -> N
     lines, marks = figures.loss_curves([watched]).data
     assert (lines.mode, list(marks.x), list(marks.y)) == ("lines", [1, 3], [2.1, 2.4])
     assert list(marks.marker.symbol) == ["circle-open", "x-thin-open"]
+
+
+def test_ranks_that_moved_are_a_film_from_the_start_on(moved: RunData) -> None:
+    trial = next(trial for trial in moved.trials if trial.key == "dynamic-seed1")
+    strip = move_figures.frames(trial)
+    assert [frame.name for frame in strip] == ["Start", "After step 60", "After step 90", "After step 120"]
+    assert [frame.ranks for frame in strip] == [trial.moves[0].before, *(move.after.ranks for move in trial.moves)]
+    assert {frame.budget for frame in strip} == {8 * strip[0].graph.cost}
+    text = (moved.folder / "report.html").read_text(encoding="utf-8")
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings[3:7] == ["Where the rank goes", "How ranks moved", "What the pilot tried", "Training"]
+    films = text.split('class="grid film"')[1:]
+    assert [film.split('class="note"')[0].count('class="plot"') for film in films] == [4, 2]
+    low, high = min(strip[-1].ranks), max(strip[-1].ranks)
+    for told in ("dynamic, seed 1", "<td>spectral</td>", f"<td>16 → {low}–{high}</td>", "0.4600", "0.4900", "+6.5 %"):
+        assert told in text, told
+    assert [schedule.name for schedule in moved.ended_schedules()] == ["uniform", "dynamic-seed1", "squeeze-seed1"]
+
+
+@pytest.mark.parametrize("n_layers", [3, 58])
+def test_a_spectrum_shows_what_was_kept_and_what_was_cut(n_layers: int) -> None:
+    schedule = fake_schedules(fake_profile(llama_graph("tiny", n_layers, 64, 176)))["fine"]
+    (move,) = fake_moves(schedule, (100,), "spectral")
+    figure = move_figures.spectrum_figure(move)
+    kept, cut, edge = figure.data
+    assert (len(kept.x) // 3, len(cut.x) // 3) == (sum(schedule.ranks), sum(move.before) - sum(schedule.ranks))
+    # the second projection in the figure is Q of layer 2, the eighth of the graph
+    values, rank = move.spectra[7], schedule.ranks[7]
+    assert (edge.x[3], edge.x[4]) == (0.5, 1.5)
+    assert values[rank - 1] > edge.y[3] > values[rank]
+    assert edge.customdata[3].startswith(f"layer 2, Q: {rank} of 16 kept, last kept ")
+    assert figure.layout.yaxis.type == "log"
+    assert len(figure.data) == 3
+    assert len(figure.to_json()) < 600_000
+
+
+def test_a_spectrum_of_zeros_or_without_lora_is_drawn_too() -> None:
+    schedule = fake_schedules(fake_profile(llama_graph("tiny", 1, 64, 176)))["uniform"]
+    (move,) = fake_moves(schedule, (100,), "spectral")
+    ranks = (0, 8, 8, 16, 8, 8, 8)
+    spectra = (move.spectra[0], (), (0.0,) * 16, *move.spectra[3:])
+    kept, cut, edge = move_figures.spectrum_figure(
+        replace(move, after=replace(schedule, ranks=ranks), spectra=spectra)
+    ).data
+    assert len(edge.x) == 3 * 6
+    assert edge.y[0] > move.spectra[0][0]  # everything was cut
+    assert edge.y[6] < move.spectra[3][-1]  # nothing was
+    assert min(y for y in (*kept.y, *cut.y) if y is not None) > 0
+    assert len(kept.x) == 3 * (8 + 16 + 8 + 8 + 8)
+
+
+def test_probes_are_shown_with_their_losses_and_the_chosen_one_ringed(moved: RunData) -> None:
+    trial = next(trial for trial in moved.trials if trial.key == "dynamic-seed1")
+    move = replace(trial.moves[0], probed=(((1,) * 21, math.nan), *trial.moves[0].probed))
+    _, probed, chosen = move_figures.probes_figure(move).data
+    assert list(probed.x) == [2, 3, 4, 5]
+    assert (list(chosen.x), list(chosen.y)) == ([5], [0.49])
+    again = Move.from_json(json.loads(json.dumps(move.to_json(), allow_nan=False)))
+    assert math.isnan(again.probed[0][1])
+    text = (moved.folder / "report.html").read_text(encoding="utf-8")
+    assert text.count("Every probe, the chosen one in bold") == 3  # dynamic's, decided by phi
+    assert text.count(f'<tr class=chosen><td class="number">4</td><td class="number">{0.49:.4f}</td>') == 3
+
+
+def test_a_pilot_is_a_table_of_what_was_tried_and_what_won(moved: RunData) -> None:
+    text = (moved.folder / "report.html").read_text(encoding="utf-8")
+    tables = [part.split("</table>")[0] for part in text.split("<summary>")[1:] if part.startswith("squeeze, seed 1:")]
+    (shown,) = tables
+    assert shown.startswith(
+        "squeeze, seed 1: 0.0026 for A, × 4 for B, 0.001 for the projector, the best of 4; 60 steps"
+    )
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in shown.split("<tr")[2:]]
+    assert rows[0] == ["0.001", "4", "0.001", "0.9000", "19", ""]
+    assert rows[1][3:] == ["–", "19", "ended early: its loss doubled or was no number"]
+    assert rows[2][3:] == ["0.6990", "19", "tied, at higher rates"]
+    assert rows[3] == ["0.0026", "4", "0.001", "0.7000", "19", "won"]
+    assert [row.startswith(" class=chosen") for row in shown.split("<tr")[2:]] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"spectra": [[1.0]]}, "spectra of the move after step 100 does not fit"),
+        ({"probed": [[[1, 2], 0.5]]}, "probed of the move after step 100 does not fit"),
+        ({"before": [8]}, "before of the move after step 100 does not fit"),
+    ],
+)
+def test_a_move_that_does_not_fit_its_schedule_is_refused(tmp_path: Path, edit: dict[str, Any], says: str) -> None:
+    fake_run(tmp_path, names=("squeeze",), seeds=(0,), n_layers=1, questions=5, profile=False)
+    path = tmp_path / "trials" / "squeeze-seed0" / "record.json"
+    record = json.loads(path.read_text())
+    record["moves"][0] |= edit
+    write_json(path, record)
+    with pytest.raises(RunFolderError, match=says):
+        write_report(tmp_path)
+
+
+def test_moves_are_marked_on_the_training_loss() -> None:
+    schedule = fake_schedules(fake_profile(llama_graph("tiny", 1, 64, 176)))["fine"]
+    trial = TrialRecord("squeeze", 0, schedule, {"lora": 1}, ((1, 3.0), (200, 2.0)), 2.1, (), 1.0)
+    moves = fake_moves(schedule, (60, 90), "spectral")
+    marked = figures.loss_curves([replace(trial, moves=(moves[0], replace(moves[1], loss_before=math.nan)))]).data
+    assert [(list(marks.x), list(marks.y)) for marks in marked[1:]] == [([60, 60], [0.46, 0.49])]

@@ -131,6 +131,22 @@ def test_there_is_something_to_see(opened: Opened) -> None:
     assert ink > 0.02 * 1280 * 4000
 
 
+def test_ranks_that_moved_over_400_projections_are_drawn(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", names=("dynamic",), seeds=(0,), n_layers=58, questions=5, profile=False)
+    shutil.rmtree(run / "schedules")
+    page = open_page(run, tmp_path)
+    assert 'data-figures="14"' in page.root  # rank map, budget, 4 frames, 3 spectra, 3 probes, 2 of losses
+    assert "data-errors" not in page.root
+    film = page.body.split('class="grid film"')[1].split("What phi cut")[0]
+    ranks = [int(rank) for rank in re.findall(r'class="heatmap-label">.*?<text[^>]*>(\d+)<', film)]
+    (trial,) = load_run(run).trials
+    assert ranks[:406] == list(trial.moves[0].before)
+    assert len(ranks) == 4 * 406
+    spectra = page.body.split("What phi cut after step")[2::2]
+    assert all("where it is cut" in spectrum for spectrum in spectra)
+    assert len(spectra) == 3
+
+
 def test_a_run_without_trials_is_drawn_too(tmp_path: Path) -> None:
     page = open_page(fake_run(tmp_path / "run", names=(), n_layers=3), tmp_path)
     assert 'data-figures="7"' in page.root

@@ -155,6 +155,17 @@ class TrialRecord:
             raise ValueError(f"a benchmark has two scores ({', '.join(names)})")
         if self.kept_step is not None and self.kept_step not in dict(self.validation_losses):
             raise ValueError(f"kept_step is {self.kept_step}, a step without a validation loss")
+        for move in self.moves:
+            self._require_same_graph(move)
+
+    def _require_same_graph(self, move: Move) -> None:
+        """Raises ValueError where a move is of other projections than the schedule's."""
+        if self.schedule is None or move.after.graph != self.schedule.graph:
+            raise ValueError(f"the move after step {move.step} is of another graph than the schedule")
+        lists = [("before", move.before), ("spectra", move.spectra), *(("probed", ranks) for ranks, _ in move.probed)]
+        for name, found in lists:
+            if len(found) != len(self.schedule.ranks):
+                raise ValueError(f"{name} of the move after step {move.step} does not fit the schedule's projections")
 
 
 def _loss(value: Any) -> float:

@@ -104,7 +104,7 @@ class Move:
             "loss_before": none_for_nan(self.loss_before),
             "loss_after": none_for_nan(self.loss_after),
             "spectra": [list(found) for found in self.spectra],
-            "probed": [[list(ranks), loss] for ranks, loss in self.probed],
+            "probed": [[list(ranks), none_for_nan(loss)] for ranks, loss in self.probed],
             "passes": self.passes,
             "seconds": self.seconds,
         }
@@ -119,7 +119,7 @@ class Move:
             loss_before=nan_for_none(data["loss_before"]),
             loss_after=nan_for_none(data["loss_after"]),
             spectra=tuple(tuple(at_least(0, finite(value)) for value in found) for found in data["spectra"]),
-            probed=tuple((tuple(map(whole, ranks)), finite(loss)) for ranks, loss in data["probed"]),
+            probed=tuple((tuple(map(whole, ranks)), nan_for_none(loss)) for ranks, loss in data["probed"]),
             passes=at_least(0, whole(data["passes"])),
             seconds=at_least(0, finite(data["seconds"])),
         )

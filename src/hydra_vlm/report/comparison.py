@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra_vlm.errors import RunFolderError
 from hydra_vlm.records import TrialRecord
+from hydra_vlm.report.rates import RATES_DIFFER, differing_rates, own_rates
 from hydra_vlm.report.run import RunData
 from hydra_vlm.report.series import Series, group_scores, losses, scores, with_average
 from hydra_vlm.report.statistics import Interval
@@ -79,19 +80,23 @@ class Measure:
 class Row:
     """All trials of one name.
 
-    `parameters` counts trainable LoRA parameters, `budget` is C (None without a schedule), `trained` counts
-    trained parameters by part; `groups` is benchmark → group → measure; `seconds` is the mean over trials.
+    `parameters` counts the LoRA parameters of the adapter, `most_trainable` the most that were trained at a time; of
+    both, the largest over seeds, which may differ where ranks moved. `budget` is C (None without a schedule),
+    `trained` counts trained parameters by part; `groups` is benchmark → group → measure; `seconds` is the mean over
+    trials; `rates` are learning rates by part, for each seed that has them.
     """
 
     name: str
     seeds: tuple[int, ...]
     parameters: int
+    most_trainable: int
     budget: int | None
     trained: Mapping[str, int]
     loss: Measure
     scores: Mapping[str, Measure]
     groups: Mapping[str, Mapping[str, Measure]]
     seconds: float
+    rates: Mapping[int, Mapping[str, float]]
 
     @property
     def used(self) -> float | None:
@@ -108,6 +113,7 @@ class Row:
             "name": self.name,
             "seeds": list(self.seeds),
             "lora_parameters": self.parameters,
+            "most_trainable": self.most_trainable,
             "budget": self.budget,
             "budget_used_percent": self.used,
             "trained": dict(self.trained),
@@ -118,6 +124,7 @@ class Row:
                 for name, groups in self.groups.items()
             },
             "seconds": self.seconds,
+            "learning_rates": {str(seed): dict(rates) for seed, rates in self.rates.items()},
         }
 
 
@@ -159,7 +166,8 @@ class Comparison:
         if row.loss.measured and base.loss.measured:
             pairs.append(("Validation loss ", row.loss, base.loss))
         seeds = "one seed" if len(row.seeds) == 1 else f"{len(row.seeds)} seeds"
-        start = f"{row.name} at {row.parameters:,} LoRA parameters ({seeds}): "
+        most = f", {row.most_trainable:,} in training" if row.most_trainable > row.parameters else ""
+        start = f"{row.name} at {row.parameters:,} LoRA parameters{most} ({seeds}): "
         if not pairs:
             return (f"{start}neither scores nor a validation loss to hold against {base.name}'s.",)
         return tuple(
@@ -170,22 +178,30 @@ class Comparison:
 
     def table(self) -> str:
         """Plain text for a terminal: the trials, the differences to the baseline, what the intervals are."""
-        blocks = [_align(self.overview())]
+        rates = self.learning_rates()
+        blocks = [_align(self.overview()), *([f"{RATES_DIFFER}\n{_align(rates)}"] if rates else [])]
         differences = self.differences() if self.baseline is not None else []
         if len(differences) > 1:
             blocks.append(f"Difference to {self.baseline}, paired\n{_align(differences)}")
         return "\n\n".join([*blocks, "\n".join(f"Intervals: {method}." for method in self.methods)]).rstrip()
 
     def overview(self) -> list[list[str]]:
-        """Header and rows: trial, seeds, LoRA parameters, budget used, validation loss, scores."""
-        cells = [["schedule", "seeds", "LoRA parameters", "budget used", "validation loss", *self.benchmarks]]
+        """Header and rows: trial, seeds, LoRA parameters, the most in training where that is more, budget used,
+        validation loss, scores."""
+        wide = any(row.most_trainable > row.parameters for row in self.rows)
+        most = ["most trainable"] if wide else []
+        cells = [["schedule", "seeds", "LoRA parameters", *most, "budget used", "validation loss", *self.benchmarks]]
         for row in self.rows:
             used = "–" if row.used is None else f"{row.used:.2f} %{' OVER' if row.used > 100 else ''}"
             scores = [row.scores[b].show() if b in row.scores else "–" for b in self.benchmarks]
             seeds = "–" if row.seedless else str(len(row.seeds))
-            parameters = f"{row.parameters:,}" if row.parameters else "–"
-            cells.append([row.name, seeds, parameters, used, row.loss.show(), *scores])
+            counts = [f"{n:,}" if n else "–" for n in (row.parameters, row.most_trainable)[: 2 if wide else 1]]
+            cells.append([row.name, seeds, *counts, used, row.loss.show(), *scores])
         return cells
+
+    def learning_rates(self) -> list[list[str]]:
+        """Header and rows: trial, its peak learning rates where trials differ in them; empty where none do."""
+        return differing_rates({row.name: tuple(row.rates.values()) for row in self.rows if row.rates})
 
     def differences(self) -> list[list[str]]:
         """Header and rows: trained trial, what is measured, its difference to the baseline, the verdict."""
@@ -231,6 +247,7 @@ def _row(run: RunData, trials: Sequence[TrialRecord], base: Sequence[TrialRecord
         name=first.name,
         seeds=tuple(trial.seed for trial in trials),
         parameters=_lora_parameters(trials),
+        most_trainable=max(trial.most_trainable for trial in trials),
         budget=first.schedule.budget if first.schedule else None,
         trained=first.trained,
         loss=_measure(losses(trials), losses(against), lower_is_better=True),
@@ -243,6 +260,7 @@ def _row(run: RunData, trials: Sequence[TrialRecord], base: Sequence[TrialRecord
             for b, names in groups.items()
         },
         seconds=fmean(trial.seconds for trial in trials),
+        rates={trial.seed: own_rates(trial) for trial in trials if trial.learning_rates},
     )
 
 
@@ -255,14 +273,16 @@ def _measure(ours: Series, theirs: Series, lower_is_better: bool = False) -> Mea
 
 def _lora_parameters(trials: Sequence[TrialRecord]) -> int:
     counts = {trial.trained.get("lora", 0) for trial in trials}
-    counts |= {trial.schedule.parameters for trial in trials if trial.schedule}
-    if len(counts) > 1:
+    planned = {trial.schedule.parameters for trial in trials if trial.schedule}
+    apart = any(trial.schedule and trial.schedule.parameters != trial.trained.get("lora", 0) for trial in trials)
+    moved = any(trial.moves for trial in trials)  # then each seed has decided for itself
+    if apart or (len(counts | planned) > 1 and not moved):
         raise RunFolderError(
             f"the trials called {trials[0].name!r} disagree on LoRA parameters, trained or scheduled: "
-            f"{', '.join(f'{count:,}' for count in sorted(counts))}. "
+            f"{', '.join(f'{count:,}' for count in sorted(counts | planned))}. "
             "One name is one schedule: train them again."
         )
-    return counts.pop()
+    return max(counts)
 
 
 def _align(cells: Sequence[Sequence[str]]) -> str:

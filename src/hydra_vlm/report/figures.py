@@ -44,7 +44,7 @@ def layer_curve(profile: GradientNormProfile, stages: Stages | None) -> go.Figur
     x = list(range(1, len(norms) + 1))
     upper = [n + s for n, s in zip(norms, spread, strict=True)]
     lower = [max(0.0, n - s) for n, s in zip(norms, spread, strict=True)]
-    figure = _figure(height=380)
+    figure = blank(height=380)
     figure.add_scatter(
         x=x + x[::-1],
         y=upper + lower[::-1],
@@ -74,7 +74,7 @@ def layer_curve(profile: GradientNormProfile, stages: Stages | None) -> go.Figur
     figure.update_xaxes(
         title_text=_layer_title(profile.graph),
         tickvals=[layer + 1 for layer in ticks],
-        ticktext=[_label(profile.graph.label(layer)) for layer in ticks],
+        ticktext=[escaped(profile.graph.label(layer)) for layer in ticks],
         range=[0.4, len(norms) + 0.6],
     )
     figure.update_yaxes(title_text="gradient norm (L2)", rangemode="tozero")
@@ -84,8 +84,8 @@ def layer_curve(profile: GradientNormProfile, stages: Stages | None) -> go.Figur
 def component_bars(profile: GradientNormProfile) -> go.Figure:
     """Gradient norm of each component, mean over layers, for A, B and both together (the paper's Table I)."""
     parts = component_parts(profile)
-    names = [_label(symbol(component)) for component in parts]
-    figure = _figure(height=360)
+    names = [escaped(symbol(component)) for component in parts]
+    figure = blank(height=360)
     for part, label, colour in ((0, "A", "#56b4e9"), (1, "B", ORANGE)):
         figure.add_bar(
             x=names,
@@ -155,17 +155,17 @@ def signal_map(signal: Signal) -> go.Figure:
         zmax=max(signal.values) or 1,
         colorscale=[[0, "#ffffff"], [1, RANK_SCALE[-1][1]]],
         texttemplate="%{z:.3~g}",
-        hovertemplate=f"layer %{{y}}, %{{x}}: {_label(signal.title)} %{{z:.4~g}}<extra></extra>",
+        hovertemplate=f"layer %{{y}}, %{{x}}: {escaped(signal.title)} %{{z:.4~g}}<extra></extra>",
     )
 
 
 def _map(graph: ComputationGraph, cells: Sequence[Mapping[str, float]], **heat: Any) -> go.Figure:
     """A number for each layer and component (`cells` is component -> number by layer) as a heat map."""
-    figure = _figure(height=96 + 23 * graph.n_layers)
+    figure = blank(height=96 + 23 * graph.n_layers)
     figure.add_heatmap(
         z=[[layer.get(component) for component in graph.components] for layer in cells],
-        x=[_label(symbol(component)) for component in graph.components],
-        y=[_label(graph.label(layer)) for layer in range(graph.n_layers)],
+        x=[escaped(symbol(component)) for component in graph.components],
+        y=[escaped(graph.label(layer)) for layer in range(graph.n_layers)],
         showscale=False,
         xgap=2,
         ygap=2,
@@ -197,8 +197,8 @@ def rank_reach(schedules: Sequence[RankSchedule]) -> float:
 def budget_bars(schedules: Sequence[RankSchedule]) -> go.Figure:
     """LoRA parameters of each schedule as a bar, with its budget as a line across it."""
     shown = list(schedules)[::-1]  # Plotly draws the first bar lowest
-    names = [_label(schedule.name) for schedule in shown]
-    figure = _figure(height=110 + 34 * len(shown))
+    names = [escaped(schedule.name) for schedule in shown]
+    figure = blank(height=110 + 34 * len(shown))
     figure.add_bar(
         y=names,
         x=[schedule.parameters for schedule in shown],
@@ -233,7 +233,7 @@ def _validation_marks(figure: go.Figure, trial: TrialRecord, colour: str) -> Non
     losses = [(step, loss) for step, loss in trial.validation_losses if math.isfinite(loss)]
     if len(losses) < 2:
         return
-    what = f"{_label(trial.name)}, seed {trial.seed}, validation"
+    what = f"{escaped(trial.name)}, seed {trial.seed}, validation"
     figure.add_scatter(
         x=[step for step, _ in losses],
         y=[loss for _, loss in losses],
@@ -249,10 +249,28 @@ def _validation_marks(figure: go.Figure, trial: TrialRecord, colour: str) -> Non
     )
 
 
+def _move_marks(figure: go.Figure, trial: TrialRecord, colour: str) -> None:
+    for move in trial.moves:
+        if math.isfinite(move.loss_before) and math.isfinite(move.loss_after):
+            what = f"{escaped(trial.name)}, seed {trial.seed}, ranks moved after step {move.step}: validation loss"
+            figure.add_scatter(
+                x=[move.step, move.step],
+                y=[move.loss_before, move.loss_after],
+                mode="lines+markers",
+                line={"color": colour, "width": 1},
+                marker={"color": colour, "size": 8, "symbol": ["triangle-up-open", "triangle-up"]},
+                customdata=["before", "after"],
+                name=what,
+                showlegend=False,
+                hovertemplate=f"{what} %{{customdata}} %{{y:.4f}}<extra></extra>",
+            )
+
+
 def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
     """Losses over optimizer steps, by trial name: training's, mean over seeds, smoothed; validation's where there are
-    several, a mark for each that was taken, and a ring at the step whose weights were kept."""
-    figure = _figure(height=380)
+    several, a mark for each that was taken, and a ring at the step whose weights were kept; a pair of triangles where
+    ranks moved."""
+    figure = blank(height=380)
     by_name: dict[str, list[TrialRecord]] = {}
     for trial in trials:
         if trial.train_losses:
@@ -269,11 +287,12 @@ def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
             y=_smooth([fmean(at[step]) for step in steps]),
             mode="lines",
             line={"color": colours[name], "width": 2, "dash": "dot" if name == "full" else "solid"},
-            name=_label(name),
-            hovertemplate=f"{_label(name)}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+            name=escaped(name),
+            hovertemplate=f"{escaped(name)}, step %{{x}}: %{{y:.4f}}<extra></extra>",
         )
         for trial in group:
             _validation_marks(figure, trial, colours[name])
+            _move_marks(figure, trial, colours[name])
     figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
     # a logarithmic axis, since schedules differ in what is left of the loss at the end
     ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
@@ -295,11 +314,11 @@ def value_dots(measures: Mapping[str, Measure], title: str) -> go.Figure:
             continue  # the ring would lie under the dot
         figure.add_scatter(
             x=list(measure.by_seed.values()),
-            y=[_label(name)] * len(measure.by_seed),
+            y=[escaped(name)] * len(measure.by_seed),
             mode="markers",
             marker={"color": colours[name], "size": 9, "symbol": "circle-open", "opacity": 0.55},
             customdata=list(measure.by_seed),
-            hovertemplate=f"{_label(name)}, seed %{{customdata}}: %{{x:.4~f}}<extra></extra>",
+            hovertemplate=f"{escaped(name)}, seed %{{customdata}}: %{{x:.4~f}}<extra></extra>",
         )
     return figure
 
@@ -313,7 +332,7 @@ def difference_dots(measures: Mapping[str, Measure], title: str) -> go.Figure:
 
 
 def _interval_dots(intervals: Mapping[str, Interval], title: str) -> go.Figure:
-    figure = _figure(height=90 + 40 * len(intervals))
+    figure = blank(height=90 + 40 * len(intervals))
     colours = trial_colours(list(intervals))
     for name, interval in intervals.items():
         known = interval.low is not None and interval.high is not None
@@ -327,16 +346,16 @@ def _interval_dots(intervals: Mapping[str, Interval], title: str) -> go.Figure:
         }
         figure.add_scatter(
             x=[interval.mean if math.isfinite(interval.mean) else None],
-            y=[_label(name)],
+            y=[escaped(name)],
             mode="markers",
             marker={"color": colours[name], "size": 11},
             error_x=bars if known else None,
-            name=_label(name),
-            hovertemplate=f"{_label(name)}: %{{x:.4~f}}<br>{_label(interval.method)}<extra></extra>",
+            name=escaped(name),
+            hovertemplate=f"{escaped(name)}: %{{x:.4~f}}<br>{escaped(interval.method)}<extra></extra>",
         )
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title_text=_label(title), nticks=7)
-    order = [_label(name) for name in intervals]
+    figure.update_xaxes(title_text=escaped(title), nticks=7)
+    order = [escaped(name) for name in intervals]
     figure.update_yaxes(showgrid=False, type="category", categoryorder="array", categoryarray=order[::-1])
     figure.update_yaxes(range=[-0.6, len(order) - 0.4])
     return figure
@@ -354,7 +373,7 @@ def symbol(component: str) -> str:
     return PAPER_SYMBOLS.get(component, component)
 
 
-def _label(text: str) -> str:
+def escaped(text: str) -> str:
     """Text as Plotly takes it: markup and templates' %{…} escaped, quotes not, since it would show their entities."""
     return escape(text, quote=False).replace("%{", "&#37;{")
 
@@ -384,7 +403,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
-def _figure(height: int) -> go.Figure:
+def blank(height: int) -> go.Figure:
+    """A figure of this height in pixels, without traces, in the page's style."""
     figure = go.Figure()
     axis: dict[str, Any] = {
         "gridcolor": GRID,

@@ -37,6 +37,9 @@ td { vertical-align: top; }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
 .maps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
 .maps figure { max-width: 34rem; }
+.film { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 0 1.25rem; }
+.film h3 { font-size: .9rem; }
+.chosen { font-weight: 650; }
 figure { margin: 1rem 0; min-width: 0; }
 figure h3 { margin: 0 0 .25rem; }
 figcaption { max-width: 48rem; margin-top: .35rem; }
@@ -79,6 +82,16 @@ def grid(blocks: Sequence[str], kind: str = "") -> str:
     return f'<div class="grid {kind}">{"".join(blocks)}</div>' if blocks else ""
 
 
+def film(frames: Sequence[str]) -> str:
+    """Blocks in order of time, as close as four in a line."""
+    return grid(frames, "film")
+
+
+def fold(summary: str, content: str, unfolded: bool = False) -> str:
+    """A line that unfolds to HTML `content`."""
+    return f"<details{' open' if unfolded else ''}><summary>{escape(summary)}</summary>{content}</details>"
+
+
 def plot(figure: go.Figure, caption: str, title: str) -> str:
     """A figure with its title and caption; `SCRIPT` draws it."""
     # "<" must not end the script element early, whatever a label holds
@@ -92,8 +105,8 @@ def plot(figure: go.Figure, caption: str, title: str) -> str:
     )
 
 
-def table(cells: Sequence[Sequence[str]], numeric: Collection[int]) -> str:
-    """A table from a header and rows of text; `numeric` columns are set to the right.
+def table(cells: Sequence[Sequence[str]], numeric: Collection[int], marked: Collection[int] = ()) -> str:
+    """A table from a header and rows of text; `numeric` columns are set to the right, `marked` rows (from 0) in bold.
 
     A second line of a cell is its verdict, which colours the cell.
     """
@@ -111,6 +124,7 @@ def table(cells: Sequence[Sequence[str]], numeric: Collection[int]) -> str:
         words += ["over"] if text.endswith("OVER") else []
         return f' class="{" ".join(words)}"' if words else ""
 
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in cells[1:])
+    rows = enumerate(cells[1:])
+    body = "".join(f"<tr{' class=chosen' if i in marked else ''}>{line(row, 'td')}</tr>" for i, row in rows)
     head = f"<thead><tr>{line(cells[0], 'th')}</tr></thead>"
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'

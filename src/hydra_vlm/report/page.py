@@ -14,7 +14,10 @@ from hydra_vlm.files import write_text
 from hydra_vlm.profile import GradientNormProfile
 from hydra_vlm.report import figures
 from hydra_vlm.report.comparison import Comparison, Row, compare
-from hydra_vlm.report.markup import SCRIPT, STYLE, WATCH, grid, missing, plot, table
+from hydra_vlm.report.markup import SCRIPT, STYLE, WATCH, fold, grid, missing, plot, table
+from hydra_vlm.report.moves import moves_section
+from hydra_vlm.report.pilots import pilots_section
+from hydra_vlm.report.rates import RATES_DIFFER
 from hydra_vlm.report.run import RunData, load_run
 from hydra_vlm.schedule import RankSchedule, Stages, format_stages
 from hydra_vlm.strict import parse_yaml
@@ -47,11 +50,15 @@ def render(run: RunData, comparison: Comparison) -> str:
         "Result": _result(run, comparison),
         "Where the gradients are": _gradients(run),
         "Where the rank goes": _ranks(run),
+        "How ranks moved": moves_section(run.trials),
+        "What the pilot tried": pilots_section(run.trials),
         "Training": _training(run, comparison),
         "Configuration": _configuration(run),
     }
     title = escape(f"Rank schedules for {_model(run)}")
-    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections.items())
+    body = "\n".join(
+        f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections.items() if content
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -81,8 +88,9 @@ def render(run: RunData, comparison: Comparison) -> str:
 
 def _what_was_run(run: RunData, comparison: Comparison) -> str:
     config = _config(run)
-    graph = run.profile.graph if run.profile else run.schedules[0].graph if run.schedules else None
-    budgets = dict.fromkeys((schedule.budget, schedule.graph.cost) for schedule in run.schedules)
+    schedules = run.ended_schedules()
+    graph = run.profile.graph if run.profile else schedules[0].graph if schedules else None
+    budgets = dict.fromkeys((schedule.budget, schedule.graph.cost) for schedule in schedules)
     questions = dict.fromkeys((score.benchmark, score.n) for trial in run.trials for score in trial.scores)
     seeds = sorted({seed for row in comparison.rows if not row.seedless for seed in row.seeds})
     components = ", ".join(figures.symbol(c) for c in graph.components) if graph else ""
@@ -108,7 +116,10 @@ def _result(run: RunData, comparison: Comparison) -> str:
     if not comparison.rows:
         return missing(f"No trial has finished in this folder, so there is nothing to compare.{waiting}")
     parts = [missing(f"The run is not complete.{waiting}")] if run.unfinished else []
-    parts.append(table(comparison.overview(), numeric={1, 2, 3}))
+    overview, rates = comparison.overview(), comparison.learning_rates()
+    parts.append(table(overview, numeric=range(1, overview[0].index("validation loss"))))
+    if rates:
+        parts.append(f"<h3>{RATES_DIFFER}</h3>{table(rates, numeric=())}")
     if comparison.baseline is None:
         parts.append(missing("No trial of the baseline has finished, so there are no differences."))
     elif len(comparison.rows) > 1:
@@ -180,7 +191,7 @@ def _sub_scores(comparison: Comparison) -> str:
             cells.append([group, *(measure.show() if measure else "–" for measure in measures)])
         if groups:
             tables.append(f"<h3>{escape(benchmark)}</h3>{table(cells, numeric=())}")
-    return f"<details><summary>Scores by group of questions</summary>{''.join(tables)}</details>" if tables else ""
+    return fold("Scores by group of questions", "".join(tables)) if tables else ""
 
 
 def _unanswered(run: RunData) -> list[str]:
@@ -231,7 +242,7 @@ def _component_table(profile: GradientNormProfile) -> str:
 
 
 def _ranks(run: RunData) -> str:
-    schedules = run.schedules
+    schedules = run.ended_schedules()
     if not schedules:
         return missing("The folder has no schedules yet.")
     shown, reach = schedules[:MAX_MAPS], figures.rank_reach(schedules)
@@ -286,6 +297,8 @@ def _training(run: RunData, comparison: Comparison) -> str:
         )
         if any(len(trial.validation_losses) > 1 for trial in run.trials):
             caption += " Crosses are validation losses on the way; a ring is at the step whose weights were kept."
+        if any(trial.moves for trial in run.trials):
+            caption += " Two triangles are the validation loss before and after ranks moved: hollow, then full."
         plots.append(plot(figures.loss_curves(run.trials), caption, "Training loss"))
     measured = [row for row in comparison.rows if row.loss.measured]
     losses = {row.name: row.loss for row in measured if not row.seedless}
@@ -306,7 +319,7 @@ def _configuration(run: RunData) -> str:
         ("environment.json", json.dumps(run.environment, indent=2) if run.environment else ""),
     ):
         if text:
-            parts.append(f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>")
+            parts.append(fold(name, f"<pre>{escape(text)}</pre>"))
         else:
             parts.append(missing(f"The folder has no {name}."))
     return "".join(parts)

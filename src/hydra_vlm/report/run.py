@@ -1,8 +1,9 @@
 """Reading a run folder back into records; whatever is not there yet is left empty."""
 
+import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,31 @@ class RunData:
     unfinished: tuple[str, ...] = ()
     signals: tuple[Signal, ...] = ()
     """What was measured beside the profile."""
+
+    def ended_schedules(self) -> tuple[RankSchedule, ...]:
+        """The folder's schedules, its trials' where it has none; of a name whose ranks moved, what they ended with.
+
+        That is the best trial's, under the trial's own name; what such trainings began with is left out.
+        """
+        moved = {t.name: replace(t.schedule, name=t.key) for t in best_moved(self.trials) if t.schedule}
+        began = {trial.moves[0].before for trial in self.trials if trial.moves}
+        trained = {t.name: replace(t.schedule, name=t.name) for t in self.trials if t.schedule}
+        files = {s.name: s for s in self.schedules if s.name in trained or s.ranks not in began}
+        shown = (files if self.schedules else trained) | moved
+        return tuple(shown[name] for name in sorted(shown, key=place))
+
+
+def best_moved(trials: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """Of each name whose ranks moved, the trial with the lowest validation loss."""
+    best: dict[str, TrialRecord] = {}
+    for trial in trials:
+        if trial.moves and (trial.name not in best or _loss(trial) < _loss(best[trial.name])):
+            best[trial.name] = trial
+    return tuple(best.values())
+
+
+def _loss(trial: TrialRecord) -> float:
+    return trial.validation_loss if math.isfinite(trial.validation_loss) else math.inf
 
 
 def load_run(folder: Path) -> RunData:
