@@ -454,6 +454,8 @@ def test_a_spectrum_of_zeros_or_without_lora_is_drawn_too() -> None:
     assert edge.y[6] < move.spectra[3][-1]  # nothing was
     assert min(y for y in (*kept.y, *cut.y) if y is not None) > 0
     assert len(kept.x) == 3 * (8 + 16 + 8 + 8 + 8)
+    near = replace(move, spectra=((0.8, 0.3),) * 7)  # no power of ten lies within
+    assert "0.5" in move_figures.spectrum_figure(near).layout.yaxis.ticktext
 
 
 def test_probes_are_shown_with_their_losses_and_the_chosen_one_ringed(moved: RunData) -> None:

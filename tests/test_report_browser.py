@@ -13,6 +13,7 @@ from PIL import Image
 
 from fake_run import fake_run
 from hydra_vlm.graph import llama_graph
+from hydra_vlm.records import TrialRecord
 from hydra_vlm.report.page import write_report
 from hydra_vlm.report.run import load_run
 from hydra_vlm.schedule import RankSchedule
@@ -36,6 +37,9 @@ FLAGS = (
 )
 
 ODD = "odd <b>&amp; \"quoted\" 'name' %{x}"
+
+PLOT = 'class="plot"'
+CELL = r'class="heatmap-label"><text[^>]*>(\d+)<'
 
 
 @dataclass(frozen=True)
@@ -79,29 +83,28 @@ def open_page(run: Path, home: Path, *shot: str) -> Opened:
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     graph = llama_graph("tiny", 8, 64, 176)
     odd = RankSchedule(ODD.replace("/", ""), graph, (7,) * len(graph.projections), 8 * graph.cost)
-    names = ("zero-shot", "uniform", "coarse", "fine", "full", odd.name)
+    names = ("zero-shot", "uniform", "coarse", "fine", "full", "dynamic", odd.name)
     run = fake_run(tmp_path_factory.mktemp("run"), names, (0, 1, 2), questions=100, extra={odd.name: odd})
     home = tmp_path_factory.mktemp("browser")
     return open_page(run, home, "--window-size=1280,4000", f"--screenshot={home / 'page.png'}")
 
 
 def test_every_figure_is_drawn_without_an_error(opened: Opened) -> None:
-    figures = opened.body.count('class="plot"')
-    assert figures == 12  # curve, components, gradient-norm map, 4 rank maps, budget, score, difference, 2 of losses
+    figures = opened.body.count(PLOT)
+    # curve, components, gradient-norm map, 5 rank maps, budget, score, difference, 2 of losses; 4 frames, 3 spectra,
+    # 3 of probes
+    assert figures == 23
     assert f'data-figures="{figures}"' in opened.root
     assert "data-errors" not in opened.root
-    for block in opened.body.split('class="plot"')[1:]:
+    for block in opened.body.split(PLOT)[1:]:
         assert 'class="main-svg"' in block
 
 
 def test_rank_maps_show_every_rank(opened: Opened) -> None:
-    cells = re.findall(r'class="heatmap-label"><text[^>]*>(\d+)<', opened.body)
-    run = load_run(opened.run)
-    assert len(run.schedules) == 4
-    assert run.profile is not None
-    norms = [text for value in run.profile.signal().values if (text := f"{value:.3g}").isdigit()]
-    ranks = [str(rank) for schedule in run.schedules for rank in schedule.ranks]
-    assert sorted(cells) == sorted(ranks + norms)
+    cells = re.findall(CELL, opened.body.split("Where the rank goes")[1].split("How ranks moved")[0])
+    schedules = load_run(opened.run).ended_schedules()
+    assert len(schedules) == 5
+    assert sorted(map(int, cells)) == sorted(rank for schedule in schedules for rank in schedule.ranks)
 
 
 def test_stages_are_coloured_and_named(opened: Opened) -> None:
@@ -131,20 +134,29 @@ def test_there_is_something_to_see(opened: Opened) -> None:
     assert ink > 0.02 * 1280 * 4000
 
 
+def test_ranks_that_moved_are_drawn_from_the_start_on(opened: Opened) -> None:
+    (trial,) = (trial for trial in load_run(opened.run).trials if trial.key == "dynamic-seed2")
+    _require_film(opened, trial)
+    legend = re.findall(r'class="legendtext"[^>]*>([^<]*)<', opened.body)
+    assert (legend.count("where it is cut"), legend.count("chosen")) == (3, 3)
+
+
+@pytest.mark.slow
 def test_ranks_that_moved_over_400_projections_are_drawn(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", names=("dynamic",), seeds=(0,), n_layers=58, questions=5, profile=False)
-    shutil.rmtree(run / "schedules")
     page = open_page(run, tmp_path)
-    assert 'data-figures="14"' in page.root  # rank map, budget, 4 frames, 3 spectra, 3 probes, 2 of losses
     assert "data-errors" not in page.root
-    film = page.body.split('class="grid film"')[1].split("What phi cut")[0]
-    ranks = [int(rank) for rank in re.findall(r'class="heatmap-label">.*?<text[^>]*>(\d+)<', film)]
+    assert f'data-figures="{page.body.count(PLOT)}"' in page.root
     (trial,) = load_run(run).trials
-    assert ranks[:406] == list(trial.moves[0].before)
-    assert len(ranks) == 4 * 406
-    spectra = page.body.split("What phi cut after step")[2::2]
-    assert all("where it is cut" in spectrum for spectrum in spectra)
-    assert len(spectra) == 3
+    _require_film(page, trial)
+
+
+def _require_film(page: Opened, trial: TrialRecord) -> None:
+    """The cells of every frame hold the ranks of that time."""
+    film = page.body.split('class="grid film"')[1].split('class="note"')[0]
+    cells = [[int(rank) for rank in re.findall(CELL, frame)] for frame in film.split(PLOT)[1:]]
+    times = [trial.moves[0].before, *(move.after.ranks for move in trial.moves)]
+    assert [sorted(found) for found in cells] == [sorted(ranks) for ranks in times]
 
 
 def test_a_run_without_trials_is_drawn_too(tmp_path: Path) -> None:

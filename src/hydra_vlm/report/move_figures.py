@@ -66,7 +66,8 @@ def spectrum_figure(move: Move) -> go.Figure:
         hovertemplate="%{customdata}<extra></extra>",
     )
     _component_axis(figure, graph, order)
-    figure.update_yaxes(title_text="singular value", type="log", **_decades(floor))
+    heights = [height for line in (kept, cut, edge) for height in line[1] if height is not None]
+    figure.update_yaxes(title_text="singular value", type="log", **_ticks(heights))
     return figure
 
 
@@ -98,10 +99,11 @@ def _told(graph: ComputationGraph, index: int, values: Sequence[float], rank: in
     return escaped(", ".join(parts))
 
 
-def _decades(floor: float) -> dict[str, list[Any]]:
-    """A tick for each power of ten that an axis from there on may reach."""
-    first = math.floor(math.log10(floor))
-    ticks = [10.0**power for power in range(first, first + 12)]
+def _ticks(heights: Sequence[float]) -> dict[str, list[Any]]:
+    """A tick for each power of ten around these heights; for twice and five times as much too where they lie close."""
+    low, high = min(heights), max(heights)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**power for power in powers for digit in ((1, 2, 5) if high < 100 * low else (1,))]
     return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 

@@ -88,8 +88,9 @@ def _probes(move: Move) -> str:
         return ""
     graph = move.after.graph
     caption = (
-        f"Validation loss of {len(move.probed)} schedules by forward passes alone, the wide adapter cut to each; "
-        f"{move.passes:,} records went forward for this decision."
+        f"Validation loss of {len(move.probed)} schedules by forward passes alone, the wide adapter cut to each, "
+        f"on a sample of the validation records where there are many; {move.passes:,} records went forward "
+        "for this decision."
     )
     cells = [["probe", "validation loss", "LoRA parameters", "ranks", *(f"mean {symbol(c)}" for c in graph.components)]]
     chosen = [n for n, (ranks, _) in enumerate(move.probed) if ranks == move.after.ranks][:1]

@@ -19,8 +19,8 @@ def pilots_section(trials: Sequence[TrialRecord]) -> str:
         return ""
     note = (
         "Each candidate is the beginning of the whole run, cooled on a copy that is thrown away and measured there. "
-        f"Losses within {100 * TIE:.0f} % of the lowest count as equal, and of those the lowest rates win; the run goes "
-        "on from the winner's own steps."
+        f"Losses within {100 * TIE:.0f} % of the lowest count as equal, and of those the lowest rates win; the run "
+        "goes on from the winner's own steps."
     )
     open_ = len(piloted) <= MAX_OPEN
     tables = (fold(_headline(trial, pilot), _table(pilot), open_) for trial, pilot in piloted)
