@@ -198,6 +198,7 @@ MAY_IMPORT = {
     "compare": None,
     "train": None,
     "tune": None,
+    "squeeze": None,
     "dynamic": None,
     "pretrain": None,
     "cli": None,

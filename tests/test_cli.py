@@ -83,6 +83,7 @@ COMMANDS = (
         "worker",
         "chat",
         "export",
+        "squeeze",
         "report",
         "convert",
         "rescore",

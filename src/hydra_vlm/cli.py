@@ -644,6 +644,101 @@ def export(
     show(json.dumps(done.to_json()) if as_json else done.summary())
 
 
+@app.command(context_settings=_OVERRIDABLE)
+def squeeze(
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER",
+            help="An adapter's folder, a trial's, or a run's: its best adapter, or its only one.",
+        ),
+    ],
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, max=LARGEST, help="Budget: what uniform LoRA of this rank costs.", show_default=False),
+    ] = None,
+    parameters: Annotated[
+        int | None, typer.Option(min=1, max=10**15, help="Budget: a number of LoRA parameters.", show_default=False)
+    ] = None,
+    decide: Annotated[
+        Literal["uniform", "spectral", "phi"] | None,
+        typer.Option(
+            help="Who says which ranks: uniform; spectral (default), what carries most for its parameters; phi, which "
+            "probes schedules on validation data.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="`embedded`, or the folder of the adapter's model (default: as the run's config.yaml says).",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A LLaVA-format file or a built-in set, for metric and losses (default: the run's own data).",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="The image folder of --data (default: its own).", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=LARGEST,
+            help="Measure losses on at most so many records (data.validation_limit).",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of phi's proposals.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The new folder of the adapter (default: runs/squeeze), or that of curve.html (runs/curve).",
+            show_default=False,
+        ),
+    ] = None,
+    other_base: OtherBaseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut a trained adapter to a budget, or show which one it needs.
+
+    With --rank or --parameters, any wider adapter becomes a plain PEFT adapter of that budget, without training. With
+    neither, its loss at a dozen budgets is printed and drawn. An adapter outside of a run's folder needs --model, and
+    --data for a metric and for losses; further configuration as key.sub=value, as for `tune`.
+    """
+    from hydra_vlm.commands.squeeze import find_adapter, require_one_budget, said
+    from hydra_vlm.files import require_free, require_place
+
+    require_one_budget(rank, parameters, decide)
+    is_curve = rank is None and parameters is None
+    place = out or Path("runs/curve" if is_curve else "runs/squeeze")
+    (require_place if is_curve else require_free)(place)
+    named = find_adapter(source)
+    options = said(named, model, data, images, limit)
+    settings = _config(str(named.config) if named.config else None, context.args, None, options)
+    from hydra_vlm import squeeze as library
+
+    asked = library.Source(
+        named.adapter, settings, named.run is not None or data is not None, named.run, other_base, seed
+    )
+    if is_curve:
+        from hydra_vlm.report.curve import write_curve
+
+        found = library.curve(asked, _say)
+        page = write_curve(found, place)
+        show(json.dumps(found.to_json()) if as_json else found.table())
+        _say(f"curve: {page}")
+    else:
+        done = library.squeeze(asked, rank, parameters, decide or "spectral", place, _say)
+        show(json.dumps(done.to_json()) if as_json else done.summary())
+
+
 @app.command()
 def devices(
     form: Annotated[

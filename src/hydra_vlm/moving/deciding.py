@@ -8,6 +8,7 @@
 A probe is the validation loss of the wide adapter cut to a schedule, without further training.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ class Evidence:
 
     @property
     def widest(self) -> tuple[int, ...]:
-        """The ranks now: no decision exceeds them."""
+        """The ranks now: no decision exceeds them, and where there is none there stays none."""
         return tuple(map(len, self.spectra))
 
 
@@ -69,12 +70,12 @@ Decider = Callable[[Evidence, Probe], Decision]
 
 
 def uniform(evidence: Evidence, probe: Probe) -> Decision:
-    """The same rank everywhere."""
-    return Decision(allocate("uniform", evidence.request))
+    """The same rank everywhere, and no more than what a projection has; what that leaves raises it for the others."""
+    return Decision(_level(evidence))
 
 
 def spectral(evidence: Evidence, probe: Probe) -> Decision:
-    """From rank 1 everywhere, each further rank to the singular value with the largest square per parameter."""
+    """From rank 1 up, each further rank to the singular value with the largest square per parameter."""
     return Decision(_by_spectra(evidence))
 
 
@@ -88,7 +89,7 @@ def phi(evidence: Evidence, probe: Probe) -> Decision:
     request = evidence.request
     space = Space(request.graph, request.budget, request.profile, open=True, scaling=request.scaling)
     seen: list[Observation] = []
-    first = [allocate("uniform", request), _by_spectra(evidence)]
+    first = [_level(evidence), _by_spectra(evidence)]
     if request.profile is not None:
         first.append(_within(evidence, _staged(request)))
     waiting = [into_space(space, schedule.ranks) for schedule in first]
@@ -116,9 +117,23 @@ def _cut(evidence: Evidence, asked: Candidate) -> RankSchedule:
     return _within(evidence, replace(asked.schedule, name="phi"))
 
 
+def _level(evidence: Evidence) -> RankSchedule:
+    request = evidence.request
+
+    def ranks(level: int) -> tuple[int, ...]:
+        return tuple(min(level, most) for most in evidence.widest)
+
+    affordable = bisect_right(
+        range(1, max(evidence.widest) + 1),
+        request.budget.parameters,
+        key=lambda level: request.graph.parameters(ranks(level)),
+    )
+    return request.schedule("uniform", ranks(max(1, affordable)))
+
+
 def _by_spectra(evidence: Evidence) -> RankSchedule:
     request, worth = evidence.request, _worth(evidence)
-    ones = [1] * len(evidence.spectra)
+    ones = [min(1, most) for most in evidence.widest]
     ranks = fill(ones, request.graph, request.budget.parameters, worth, most=evidence.widest)
     return request.schedule("spectral", ranks)
 

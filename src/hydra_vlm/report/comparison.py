@@ -179,10 +179,10 @@ class Comparison:
     def table(self) -> str:
         """Plain text for a terminal: the trials, the differences to the baseline, what the intervals are."""
         rates = self.learning_rates()
-        blocks = [_align(self.overview()), *([f"{RATES_DIFFER}\n{_align(rates)}"] if rates else [])]
+        blocks = [aligned(self.overview()), *([f"{RATES_DIFFER}\n{aligned(rates)}"] if rates else [])]
         differences = self.differences() if self.baseline is not None else []
         if len(differences) > 1:
-            blocks.append(f"Difference to {self.baseline}, paired\n{_align(differences)}")
+            blocks.append(f"Difference to {self.baseline}, paired\n{aligned(differences)}")
         return "\n\n".join([*blocks, "\n".join(f"Intervals: {method}." for method in self.methods)]).rstrip()
 
     def overview(self) -> list[list[str]]:
@@ -285,7 +285,8 @@ def _lora_parameters(trials: Sequence[TrialRecord]) -> int:
     return max(counts)
 
 
-def _align(cells: Sequence[Sequence[str]]) -> str:
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A header, a rule, and rows of text in columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
     rule = ["─" * width for width in widths]

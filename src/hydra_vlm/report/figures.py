@@ -305,6 +305,34 @@ def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
     return figure
 
 
+def budget_curve(lines: Mapping[str, Sequence[tuple[int, float]]], whole: float, cost: int) -> go.Figure:
+    """Loss over parameters by name; `whole` is the uncut adapter's loss, `cost` the parameters of one rank."""
+    figure = _figure(height=420)
+    colours = trial_colours(list(lines))
+    for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
+        figure.add_scatter(
+            x=[parameters / cost for parameters, _ in points],
+            y=[loss if math.isfinite(loss) else None for _, loss in points],
+            customdata=[parameters for parameters, _ in points],
+            mode="lines+markers",
+            line={"color": colours[name], "width": 2},
+            marker={"size": 9, "symbol": marker},
+            name=_label(name),
+            hovertemplate=f"{_label(name)}, %{{customdata:,}} parameters: %{{y:.4f}}<extra></extra>",
+        )
+    if math.isfinite(whole):
+        figure.add_hline(y=whole, line={"color": MUTED, "width": 1.5, "dash": "dash"})
+    ticks = [digit * 2**power for power in range(12) for digit in (1, 1.5)][:-1]
+    figure.update_xaxes(
+        title_text="rank of uniform LoRA of as many parameters",
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )
+    figure.update_yaxes(title_text="validation loss (nats a token)")
+    return figure
+
+
 def value_dots(measures: Mapping[str, Measure], title: str) -> go.Figure:
     """A row for each trial: a ring for each seed, the mean with its interval; `title` names the axis."""
     figure = _interval_dots({name: measure.value for name, measure in measures.items()}, title)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,11 @@ def render(run: RunData, comparison: Comparison) -> str:
         "Training": _training(run, comparison),
         "Configuration": _configuration(run),
     }
-    title = escape(f"Rank schedules for {_model(run)}")
+    return document(f"Rank schedules for {_model(run)}", comparison.findings(), sections)
+
+
+def document(title: str, headlines: Sequence[str], sections: Mapping[str, str]) -> str:
+    """A page as HTML: title and headlines as text, sections by title as markup; an empty one is left out."""
     body = "\n".join(
         f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections.items() if content
     )
@@ -65,7 +69,7 @@ def render(run: RunData, comparison: Comparison) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{title}</title>
+<title>{escape(title)}</title>
 <style>{STYLE}</style>
 <script>{WATCH}</script>
 <script>{get_plotlyjs()}</script>
@@ -73,8 +77,8 @@ def render(run: RunData, comparison: Comparison) -> str:
 <body>
 <header>
 <p class="kicker">hydra-vlm report</p>
-<h1>{title}</h1>
-<div class="headline">{"".join(f"<p>{_unbroken(line)}</p>" for line in comparison.findings())}</div>
+<h1>{escape(title)}</h1>
+<div class="headline">{"".join(f"<p>{_unbroken(line)}</p>" for line in headlines)}</div>
 <noscript>{missing("A script inside this page draws its figures: allow scripts to see them.")}</noscript>
 </header>
 <main>
