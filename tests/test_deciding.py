@@ -48,6 +48,19 @@ def test_every_rule_keeps_the_budget_and_the_ranks_that_there_are(seed: int, ran
     assert all(1 <= r <= most for r, most in zip(schedule.ranks, found.widest, strict=True))
 
 
+@pytest.mark.parametrize("name", ["uniform", "spectral", "phi"])
+def test_what_is_narrow_stays_so_and_where_there_is_no_rank_there_stays_none(name: str) -> None:
+    spectra = tuple(tuple(float(8 - i) for i in range(2 * p.layer)) for p in GRAPH.projections)  # 0, 2, 4, 6
+    request = AllocationRequest(GRAPH, Budget.of_rank(GRAPH, 2))
+    schedule = DECIDERS[name](Evidence(request, spectra, probes=7), lambda found: -sum(found.ranks)).schedule
+    assert all(min(1, len(v)) <= r <= len(v) for r, v in zip(schedule.ranks, spectra, strict=True))
+    assert schedule.unspent >= 0
+    if name == "uniform":
+        assert {(p.layer, r) for r, p in zip(schedule.ranks, GRAPH.projections, strict=True)} == {
+            *((0, 0), (1, 2), (2, 3), (3, 3))
+        }
+
+
 def test_spectral_keeps_more_of_the_update_than_uniform_does() -> None:
     for seed in range(10):
         found = evidence(seed)

@@ -174,8 +174,9 @@ def test_a_curve_says_which_budget_is_enough() -> None:
     }
     found = Curve("it", 10, 8, Cut(40, 1.0), (10, 20, 40), cuts)
     assert found.enough() == (20, "spectral")
-    assert "20 parameters (rank 2) are enough to stay within 1% of it, with ranks by spectral" in found.table()
+    assert "20 parameters (rank 2) stay within 1 % of it, with spectral ranks" in found.table()
     assert [line.split()[0] for line in found.table().splitlines()[2:5]] == ["10", "20", "40"]
+    assert "no lower budget" in replace(found, whole=Cut(40, 0.9)).finding()
     lost = replace(found, whole=Cut(40, math.nan))
     assert lost.enough() is None
     assert lost.to_json()["validation_loss"] is None

@@ -161,6 +161,6 @@ def _worth(evidence: Evidence) -> Worth:
 
     def worth(position: int, rank: int) -> float:
         found = evidence.spectra[position]
-        return found[rank - 1] ** 2 / costs[position] if rank <= len(found) else 0.0
+        return found[rank - 1] ** 2 / costs[position] if 1 <= rank <= len(found) else 0.0
 
     return worth

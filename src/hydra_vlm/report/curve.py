@@ -55,14 +55,13 @@ class Curve:
     def finding(self) -> str:
         """The curve in a sentence."""
         found = self.enough()
-        whole = f"The whole adapter has {self.whole.parameters:,} parameters and a validation loss of"
-        if found is None:
-            return f"{whole} {self.whole.loss:.4f}; no cut comes near it."
+        loss = f"a validation loss of {self.whole.loss:.4f}"
+        told = f"The whole adapter has {self.whole.parameters:,} parameters and {loss}; "
+        if found is None or found[0] >= self.whole.parameters:
+            return f"{told}no lower budget of these stays within {NEAR * 100:g} % of it."
         budget, name = found
-        return (
-            f"{whole} {self.whole.loss:.4f}; {budget:,} parameters ({self._rank(budget)}) are enough to stay within "
-            f"{NEAR:.0%} of it, with ranks by {name}."
-        )
+        rank = f"rank {budget / self.cost:.4g}"
+        return f"{told}{budget:,} parameters ({rank}) stay within {NEAR * 100:g} % of it, with {name} ranks."
 
     def cells(self) -> list[list[str]]:
         """A header, a line for each budget."""
@@ -95,9 +94,6 @@ class Curve:
                 for number, budget in enumerate(self.budgets)
             ],
         }
-
-    def _rank(self, parameters: int) -> str:
-        return f"rank {parameters / self.cost:.4g}"
 
 
 def write_curve(curve: Curve, folder: Path) -> Path:
