@@ -307,7 +307,7 @@ def loss_curves(trials: Sequence[TrialRecord]) -> go.Figure:
 
 def budget_curve(lines: Mapping[str, Sequence[tuple[int, float]]], whole: float, cost: int) -> go.Figure:
     """Loss over parameters by name; `whole` is the uncut adapter's loss, `cost` the parameters of one rank."""
-    figure = _figure(height=420)
+    figure = blank(height=420)
     colours = trial_colours(list(lines))
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
         figure.add_scatter(
@@ -317,8 +317,8 @@ def budget_curve(lines: Mapping[str, Sequence[tuple[int, float]]], whole: float,
             mode="lines+markers",
             line={"color": colours[name], "width": 2},
             marker={"size": 9, "symbol": marker},
-            name=_label(name),
-            hovertemplate=f"{_label(name)}, %{{customdata:,}} parameters: %{{y:.4f}}<extra></extra>",
+            name=escaped(name),
+            hovertemplate=f"{escaped(name)}, %{{customdata:,}} parameters: %{{y:.4f}}<extra></extra>",
         )
     if math.isfinite(whole):
         figure.add_hline(y=whole, line={"color": MUTED, "width": 1.5, "dash": "dash"})
