@@ -199,6 +199,7 @@ MAY_IMPORT = {
     "train": None,
     "tune": None,
     "squeeze": None,
+    "opened_adapter": None,
     "dynamic": None,
     "pretrain": None,
     "cli": None,

@@ -16,12 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from hydra_vlm import opened_adapter, trials
 from hydra_vlm import squeeze as library
-from hydra_vlm import trials
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
 from hydra_vlm.cli import app
-from hydra_vlm.commands.squeeze import find_adapter
-from hydra_vlm.config import load_config
+from hydra_vlm.commands.squeeze import find_adapter, said
+from hydra_vlm.config import DataConfig, load_config
 from hydra_vlm.errors import BudgetError, ConfigError, HydraError
 from hydra_vlm.lora import attach, own_schedule, save_adapter
 from hydra_vlm.models.loading import load_model
@@ -107,9 +107,9 @@ def test_the_budget_is_kept_and_peft_loads_what_was_saved(
 @pytest.mark.parametrize("has_data", [True, False])
 def test_rank_1_is_the_best_that_brute_force_finds(run: Path, adapter: Path, tmp_path: Path, has_data: bool) -> None:
     source = source_of(run, adapter, has_data)
-    with library._opened(source, quiet) as (wide, read):
+    with opened_adapter.opened(source, quiet) as (wide, read):
         whole = {name: update.delta().double() for name, update in updates(wide.model).items()}
-        with library._looked_at(wide, read(), source.config) as seen:
+        with opened_adapter.looked_at(wide, read(), source.config) as seen:
             metrics = dict(seen.metrics)
     assert bool(metrics) == has_data
     c = metrics[MODULE].double() if has_data else torch.eye(whole[MODULE].shape[1], dtype=torch.float64)
@@ -126,8 +126,8 @@ def test_rank_1_is_the_best_that_brute_force_finds(run: Path, adapter: Path, tmp
     assert torch.allclose(done.after.scaling.scale(1) * b @ a, best, atol=1e-6, rtol=1e-4)
 
 
-def source_of(run: Path, adapter: Path, has_data: bool = True) -> library.Source:
-    return library.Source(adapter, load_config(run / "config.yaml"), has_data, run)
+def source_of(run: Path, adapter: Path, has_data: bool = True) -> opened_adapter.Source:
+    return opened_adapter.Source(adapter, load_config(run / "config.yaml"), has_data, run)
 
 
 def test_phi_takes_the_best_that_it_probed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,4 +301,30 @@ def test_a_budget_is_below_the_adapters_and_not_below_rank_1(adapter: Path) -> N
         with pytest.raises(BudgetError):
             library.budget_below(schedule, rank, parameters)
     with pytest.raises(ConfigError):
-        library.curve(library.Source(adapter, None, has_data=False), quiet)  # type: ignore[arg-type]
+        library.curve(opened_adapter.Source(adapter, None, has_data=False), quiet)  # type: ignore[arg-type]
+
+
+def test_a_built_in_set_is_read_where_it_lies_and_another_one_never_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+    monkeypatch.setattr(opened_adapter, "write_builtin_once", lambda name, folder: places.append(folder))
+    make(tmp_path / "run", "data/set.txt")
+    (tmp_path / "run/data/set.txt").write_text("demo\n")
+    for name, run in (("demo", tmp_path / "run"), ("worlds", tmp_path / "run"), ("demo", None)):
+        opened_adapter._files(DataConfig(train=name), run, tmp_path / "scratch")
+    assert places == [tmp_path / "run/data", tmp_path / "scratch/data", tmp_path / "scratch/data"]
+
+
+def test_data_of_the_command_replace_those_of_the_run(tmp_path: Path) -> None:
+    named = find_adapter(make(tmp_path / "run", "config.yaml", "environment.json", "best/adapter/adapter_config.json"))
+    kept = {key: value for key, (_, value) in said(named, None, None, None, None).items() if value is not None}
+    assert kept == {}
+    own = {key: value for key, (_, value) in said(named, None, "mine.json", None, 5).items() if value is not None}
+    assert own == {
+        "data.train": "mine.json",
+        "data.validation": "mine.json",
+        "data.images": "null",
+        "data.validation_limit": 5,
+    }
+    assert said(named, None, "demo", None, None)["data.validation"] == ("--data", "null")

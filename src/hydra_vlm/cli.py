@@ -723,10 +723,9 @@ def squeeze(
     options = said(named, model, data, images, limit)
     settings = _config(str(named.config) if named.config else None, context.args, None, options)
     from hydra_vlm import squeeze as library
+    from hydra_vlm.opened_adapter import Source
 
-    asked = library.Source(
-        named.adapter, settings, named.run is not None or data is not None, named.run, other_base, seed
-    )
+    asked = Source(named.adapter, settings, named.run is not None or data is not None, named.run, other_base, seed)
     if is_curve:
         from hydra_vlm.report.curve import write_curve
 
