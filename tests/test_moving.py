@@ -104,6 +104,17 @@ def test_a_move_is_read_back() -> None:
     assert replace(again, loss_before=0) == replace(move, loss_before=0)
 
 
+def test_a_loss_that_has_not_come_back_is_said() -> None:
+    schedule = allocate("uniform", AllocationRequest(GRAPH, Budget.of_rank(GRAPH, 2)))
+    move = Move(50, "spectral", (4,) * len(GRAPH.projections), schedule, 1.0, 1.1, ())
+    for after, said in ((1.09, False), (1.2, True)):
+        losses = tuple((step, 1.0 if step <= 50 else 5.0 if step <= 55 else after) for step in range(1, 101))
+        record = TrialRecord("squeeze", 0, schedule, {}, losses, 1.0, (), 1.0, moves=(move,))
+        assert record.lost_after(move) == pytest.approx(after - 1)
+        assert ("not come back after ranks moved at step 50: +20%" in record.summary()) == said
+    assert math.isnan(replace(record, train_losses=((100, 1.0),)).lost_after(move))
+
+
 # Looking at a wide adapter and cutting it
 
 

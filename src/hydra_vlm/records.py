@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from hydra_vlm.benchmarks.protocol import Score
@@ -10,6 +11,9 @@ from hydra_vlm.graph import at_least, finite, none_for_nan, whole
 from hydra_vlm.moving.plan import Move
 from hydra_vlm.pilot.candidates import Pilot
 from hydra_vlm.schedule import RankSchedule
+
+SETBACK = 0.1
+"""Share by which a training loss may be higher after ranks moved."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class TrialRecord:
         lines = [
             f"{self.name}, seed {self.seed}: trained {trained} parameters in {self.seconds:.0f} s",
             self._validated(),
+            *(
+                f"the training loss has not come back after ranks moved at step {move.step}: {lost:+.0%}"
+                for move in self.moves
+                if (lost := self.lost_after(move)) > SETBACK
+            ),
             *(score.summary() for score in self.scores),
         ]
         return "\n".join(lines)
@@ -89,6 +98,20 @@ class TrialRecord:
         return (
             f"validation loss is no number: nonfinite-validation-{step}.json beside the record names what is to blame"
         )
+
+    def lost_after(self, move: Move) -> float:
+        """By which share the training loss is higher 5 to 10 % of the steps after a move than in the 5 % before it.
+
+        nan where no loss was logged in one of the two.
+        """
+        last = self.train_losses[-1][0] if self.train_losses else 0
+        window = max(1, round(0.05 * last))
+
+        def mean(first: int) -> float:
+            found = [loss for step, loss in self.train_losses if first < step <= first + window]
+            return fmean(found) if found else math.nan
+
+        return mean(move.step + window) / mean(move.step - window) - 1
 
     def metrics(self) -> list[dict[str, float | None]]:
         """Losses by step, training's and validation's; one that is no number is None."""
