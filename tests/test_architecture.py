@@ -135,6 +135,7 @@ MAY_IMPORT = {
         "reading",
         "resizing",
         "schedule",
+        "stored_adapter",
         "verification",
     ),
     "report": (

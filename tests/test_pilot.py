@@ -66,6 +66,7 @@ def test_all_candidates_cost_a_fifth_or_a_third(steps: int) -> None:
     thrown = sum(one.steps for one in tried) - (length.trunk if tried else 0)
     assert thrown <= (0.2 if steps >= 600 else 0.35) * steps
     assert steps < 50 or len(tried) >= 3
+    assert length.is_worthwhile == (len(tried) >= 2)
 
 
 def test_the_towers_rate_keeps_its_ratio() -> None:
@@ -146,6 +147,16 @@ def test_a_candidate_that_diverges_ends_and_the_others_go_on(
     other = Place(tiny_model, toy, tmp_path / "other", monkeypatch)
     with pytest.raises(TrainingError, match=r"no rate of the pilot gave a finite loss"):
         piloted(other, "training.learning_rate=0.5")
+
+
+def test_a_run_of_a_few_steps_keeps_its_rates(
+    tiny_model: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = piloted(Place(tiny_model, toy, tmp_path, monkeypatch), "training.steps=3")
+    assert record.pilot is not None
+    assert record.pilot.tried == ()
+    assert "too short" in record.pilot.summary()
+    assert record.learning_rates["a"] == 0.02
 
 
 def test_a_pilot_needs_validation_data(

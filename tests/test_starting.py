@@ -26,6 +26,7 @@ from hydra_vlm.resizing import LowRank
 from hydra_vlm.schedule import RankSchedule, Scaling
 from hydra_vlm.starting import OWN, Start, begin, kept_share, own_schedule, read_start
 from hydra_vlm.training.recipe import adapting
+from hydra_vlm.trials import prepare_study
 from striking import Place, killing
 from tiny import toy_config, write_toy_data
 from tolerances import assert_same_sums
@@ -182,6 +183,7 @@ def test_names_of_transformers_4_are_understood(tmp_path: Path) -> None:
     old = {k.replace("model.language_model.", "language_model.model."): v for k, v in load_file(weights).items()}
     assert all(".model.language_model.model.layers." in key for key in old)
     save_file(old, weights)
+    (tmp_path / "adapter/adapter.json").unlink()  # theirs have none
     found = read_start(tmp_path / "adapter", fresh.model, fresh.parts)
     assert found.updates.keys() == expected.updates.keys() == set(fresh.parts.names())
     assert all(torch.equal(found.updates[name].a, update.a) for name, update in expected.updates.items())
@@ -271,7 +273,7 @@ def test_a_whole_run_starts_from_it_is_recorded_and_bound_to_it(
     (tmp_path / "config.yaml").write_text(toy_config(tiny_model, toy, *options).to_yaml())
 
     def tuned(*words: str) -> Any:
-        return CliRunner().invoke(app, ["tune", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), *words])
+        return CliRunner().invoke(app, ["compare", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), *words])
 
     done = tuned()
     assert done.exit_code == 0, done.stderr
@@ -325,3 +327,29 @@ def test_wishes_that_contradict_are_refused_before_training(
     assert isinstance(done.exception, HydraError)
     assert says in str(done.exception)
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_an_adapter_that_is_not_whole_or_of_another_base_is_refused(
+    tiny_model: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """By what its own record says, before anything is trained."""
+    loaded = load_model(str(tiny_model), "cpu")
+    schedule = allocate("uniform", AllocationRequest(loaded.parts.graph, Budget.of_rank(loaded.parts.graph, 2)))
+    model = attach(loaded.model, schedule, loaded.parts, seed=0)
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    save_adapter(model, whole, schedule, loaded.parts, projector_state=True)
+    shutil.copytree(whole, torn)
+    (torn / "projector.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"training\.start_from: .*projector\.safetensors"):
+        read_start(torn, loaded.model, loaded.parts)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("0.mlp.up_proj.weight"))
+    weights[name].view(-1)[3] += 0.1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    asked = toy_config(other, toy_data, f"training.start_from={whole}")
+    with pytest.raises(AdapterError, match=r"training\.start_from: .* was trained on another base: other weights in"):
+        prepare_study(asked, tmp_path / "run", lambda _: None)
+    assert not (tmp_path / "run").exists()
+    prepare_study(toy_config(tiny_model, toy_data, f"training.start_from={whole}"), tmp_path / "own", lambda _: None)

@@ -200,7 +200,7 @@ def load_adapter(
     parts = parts if parts is not None else _adapted_parts(model, schedule, folder)
     require_schedule_fits(schedule, parts.graph)
     _require_same(stored, _wanted(schedule, parts))
-    _require_base(stored, model, parts, other_base)
+    require_base(folder, stored.record, model, parts, other_base)
     config = lora_config(schedule, parts, float(stored.config.get("lora_dropout") or 0.0))
     replaced = _lend_projector(model, parts)
     with _giving_back(model, parts, replaced), restoring(model), strictly(f"adapter in {folder}"):
@@ -352,13 +352,15 @@ def _require_same(stored: StoredAdapter, wanted: Mapping[str, tuple[int, float]]
             raise AdapterError(f"{has} scale {scale:g} for {name}, {CONFIG} {update.scale:g}.")
 
 
-def _require_base(stored: StoredAdapter, model: nn.Module, parts: ModelParts, other_base: bool) -> None:
+def require_base(
+    folder: Path, record: AdapterRecord | None, model: nn.Module, parts: ModelParts, other_base: bool = False
+) -> None:
     """Raises AdapterError for a base with other weights, unless permitted; what else differs is said."""
-    record = stored.record
     if record is None:
         _log.warning(
-            "adapter %s has no %s, as older ones have none: whether it is complete and of this base is not checked",
-            stored.folder,
+            "adapter %s has no %s, as older ones and other tools' have none: whether it is complete and of this base "
+            "is not checked",
+            folder,
             RECORD,
         )
         return
@@ -366,19 +368,19 @@ def _require_base(stored: StoredAdapter, model: nn.Module, parts: ModelParts, ot
     other = record.base.other_weights(now)
     if other and not other_base:
         raise AdapterError(
-            f"{stored.folder} was trained on another base: other weights in {', '.join(other)}. Give the base it was "
+            f"{folder} was trained on another base: other weights in {', '.join(other)}. Give the base it was "
             "trained on; to use it on this one all the same, say so (--other-base, other_base=True)."
         )
     if other:
-        _log.warning("adapter %s was trained on a base with other weights in %s", stored.folder, ", ".join(other))
+        _log.warning("adapter %s was trained on a base with other weights in %s", folder, ", ".join(other))
     settings = record.base.other_settings(now)
     if settings:
-        _log.warning("adapter %s was trained on a base configured otherwise: %s", stored.folder, few(settings))
+        _log.warning("adapter %s was trained on a base configured otherwise: %s", folder, few(settings))
     if quantization != record.quantization:
         _log.warning(
             "adapter %s was trained on a base with quantization=%s, this one has %s, so it answers otherwise than it "
             "was trained to (four bits need bitsandbytes, on CUDA or a CPU)",
-            stored.folder,
+            folder,
             record.quantization,
             quantization,
         )

@@ -7,10 +7,10 @@ to the base is then written into the adapter that is trained, at that one's rank
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,13 +21,16 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from hydra_vlm.errors import AdapterError, BudgetError, CheckpointError, FileError, RunFolderError
 from hydra_vlm.files import write_json
 from hydra_vlm.graph import DECODER
-from hydra_vlm.lora import CONFIG, PROJECTOR, WEIGHTS, WRAPPED
+from hydra_vlm.lora import CONFIG, PROJECTOR, WEIGHTS, WRAPPED, require_base
 from hydra_vlm.models.structure import ModelParts
 from hydra_vlm.models.weights import read_file
 from hydra_vlm.reading import read_json
 from hydra_vlm.resizing import LowRank, resize, spectrum
 from hydra_vlm.schedule import RankSchedule, Scaling
+from hydra_vlm.stored_adapter import read_record, whole_record
 from hydra_vlm.verification import ADAPTER, lora_layers
+
+T = TypeVar("T")
 
 OWN = "adapter"
 """The schedule that has the ranks of the adapter that a run starts from."""
@@ -89,6 +92,7 @@ def read_start(folder: Path, model: nn.Module, parts: ModelParts, trains_project
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"training.start_from: {folder} has no {name}: give the folder of an adapter.")
+    _told(lambda: whole_record(folder))
     try:
         config, tensors = read_json(folder / CONFIG), read_file(folder / WEIGHTS)
         beside = read_file(folder / PROJECTOR) if (folder / PROJECTOR).is_file() else None
@@ -117,6 +121,21 @@ def read_start(folder: Path, model: nn.Module, parts: ModelParts, trains_project
     if projector is not None:
         _require_projector(folder, projector, model, parts, trains_projector)
     return Start(folder, digest_of(folder), updates, alphas, stabilised, projector)
+
+
+def require_own_base(folder: Path, model: nn.Module, parts: ModelParts) -> None:
+    """Raises AdapterError where a record beside the adapter says that it was trained on other weights than these."""
+    record = _told(lambda: read_record(folder))
+    if record is not None:
+        _told(lambda: require_base(folder, record, model, parts))
+
+
+def _told(work: Callable[[], T]) -> T:
+    """What `work` returns; its AdapterError names the key that asked for the adapter."""
+    try:
+        return work()
+    except AdapterError as problem:
+        raise AdapterError(f"training.start_from: {problem}") from None
 
 
 def require_same_start(start: Start, stored: Path) -> None:

@@ -102,15 +102,25 @@ def read_adapter(folder: Path) -> StoredAdapter:
         lacking = CONFIG if not (folder / CONFIG).exists() else WEIGHTS
         hint = f" Did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
         raise AdapterError(f"{folder} has no {lacking}: it is not the folder of an adapter.{hint}")
-    record = read_record(folder)
-    if record is not None:
-        _require_files(folder, record)
+    record = whole_record(folder)
     config = read_object(folder / CONFIG)
     _require_plain(config, folder / CONFIG)
     updates = _updates(_sound(weights), config, weights)
     _require_targets(config, updates, folder / CONFIG)
     projector = _sound(folder / PROJECTOR) if (folder / PROJECTOR).exists() else None
     return StoredAdapter(folder, config, updates, projector, record)
+
+
+def whole_record(folder: Path) -> AdapterRecord | None:
+    """The folder's record, whose files are all there and are those that it names; None as `read_record` has it.
+
+    Raises:
+        AdapterError: a file is missing or another than was recorded, or the record is damaged.
+    """
+    record = read_record(folder)
+    if record is not None:
+        _require_files(folder, record)
+    return record
 
 
 def read_record(folder: Path) -> AdapterRecord | None:

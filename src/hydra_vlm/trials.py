@@ -47,7 +47,7 @@ from hydra_vlm.processes import by_first, in_turn, is_first, shards_model
 from hydra_vlm.records import TrialRecord
 from hydra_vlm.run_folder import RunFolder, environment, has_begun, open_run, session_changes
 from hydra_vlm.schedule import RankSchedule, Scaling
-from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_same_start
+from hydra_vlm.starting import OWN, Start, kept_share, own_schedule, require_own_base, require_same_start
 from hydra_vlm.training.best import require_validation
 from hydra_vlm.training.frugality import require_frugality
 from hydra_vlm.training.job import Job
@@ -140,6 +140,8 @@ def prepare_study(config: Config, out: Path, say: Say = print) -> Study:
             n_stages=possible,
         )
     start = start_of(loaded, config.training)
+    if start is not None:
+        require_own_base(start.folder, loaded.model, loaded.parts)
     if start is not None and OWN in config.schedules:
         own_schedule(start, loaded.parts, resolve_budget(graph, config).parameters, scaling_of(config))
     require_trackers(config.training.trackers)

@@ -90,6 +90,11 @@ class Length:
         cooling = max(math.ceil(0.015 * steps), min(5, trunk // 2), 1)
         return cls(trunk, cooling, math.floor((0.2 if steps >= LONG else 0.35) * steps))
 
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether two candidates can be told apart at that cost; a run of a few steps keeps the rates it was given."""
+        return self.trunk + 2 * self.cooling <= self.most
+
     def affords(self, tried: Sequence[Tried]) -> bool:
         """Whether one more candidate fits; the winner's trunk is part of the run and costs nothing."""
         return sum(one.steps for one in tried) + self.cooling <= self.most
@@ -105,6 +110,8 @@ class Pilot:
 
     def summary(self) -> str:
         """One line for the terminal."""
+        if not self.tried:
+            return f"pilot: the run is too short for one; rates stay at {_brief(self.chosen)}"
         losses = ", ".join(f"{_brief(one.rates)}: {one.loss:.4f}" for one in self.tried)
         return f"pilot: {_brief(self.chosen)} (validation loss after cooling, {losses}); {self.thrown_away} steps"
 

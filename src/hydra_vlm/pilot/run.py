@@ -59,6 +59,8 @@ def require_measurable(validated: bool) -> None:
 def _search(job: Job, schedule: RankSchedule, first: Path) -> Pilot:
     guess, folder = Tuned.of(job.settings, Rates.of(job.settings).projector), job.folder / "pilot"
     length = Length.of(job.settings.total_steps(len(job.data.train)))
+    if not length.is_worthwhile:
+        return Pilot((), guess, 0)
     tried = by_first(lambda: _so_far(folder / TRIED))
     while length.affords(tried) and (rates := following(guess, tried)) is not None:
         one = _try(
