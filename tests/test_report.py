@@ -475,9 +475,7 @@ def test_a_pilot_is_a_table_of_what_was_tried_and_what_won(moved: RunData) -> No
     text = (moved.folder / "report.html").read_text(encoding="utf-8")
     tables = [part.split("</table>")[0] for part in text.split("<summary>")[1:] if part.startswith("squeeze, seed 1:")]
     (shown,) = tables
-    assert shown.startswith(
-        "squeeze, seed 1: 0.0026 for A, × 4 for B, 0.001 for the projector, the best of 4; 60 steps"
-    )
+    assert shown.startswith("squeeze, seed 1: 0.0026 (B x 4, projector 0.001), the best of 4; 60 steps")
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in shown.split("<tr")[2:]]
     assert rows[0] == ["0.001", "4", "0.001", "0.9000", "19", ""]
     assert rows[1][3:] == ["–", "19", "ended early: its loss doubled or was no number"]

@@ -273,7 +273,9 @@ def test_a_whole_run_starts_from_it_is_recorded_and_bound_to_it(
     (tmp_path / "config.yaml").write_text(toy_config(tiny_model, toy, *options).to_yaml())
 
     def tuned(*words: str) -> Any:
-        return CliRunner().invoke(app, ["compare", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), *words])
+        return CliRunner().invoke(
+            app, ["compare", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), *words]
+        )
 
     done = tuned()
     assert done.exit_code == 0, done.stderr

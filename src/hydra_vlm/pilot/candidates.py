@@ -45,6 +45,13 @@ class Tuned:
         return settings.model_copy(update={**known, "tower_learning_rate": scaled})
 
     @property
+    def text(self) -> str:
+        """In a few words."""
+        if self.b_ratio is None:
+            return f"{self.learning_rate:g}"
+        return f"{self.learning_rate:g} (B x {self.b_ratio:g}, projector {self.projector_learning_rate:g})"
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """What there is to search, in order."""
         return tuple(axis for axis in FACTORS if getattr(self, axis) is not None)
@@ -111,9 +118,9 @@ class Pilot:
     def summary(self) -> str:
         """One line for the terminal."""
         if not self.tried:
-            return f"pilot: the run is too short for one; rates stay at {_brief(self.chosen)}"
-        losses = ", ".join(f"{_brief(one.rates)}: {one.loss:.4f}" for one in self.tried)
-        return f"pilot: {_brief(self.chosen)} (validation loss after cooling, {losses}); {self.thrown_away} steps"
+            return f"pilot: the run is too short for one; rates stay at {self.chosen.text}"
+        losses = ", ".join(f"{one.rates.text}: {one.loss:.4f}" for one in self.tried)
+        return f"pilot: {self.chosen.text} (validation loss after cooling, {losses}); {self.thrown_away} steps"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -172,12 +179,6 @@ def tried_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Tried, ...]:
         )
         for one in data
     )
-
-
-def _brief(rates: Tuned) -> str:
-    if rates.b_ratio is None:
-        return f"{rates.learning_rate:g}"
-    return f"{rates.learning_rate:g} (B x {rates.b_ratio:g}, projector {rates.projector_learning_rate:g})"
 
 
 def _same(one: Tuned, other: Tuned) -> bool:

@@ -28,11 +28,10 @@ def pilots_section(trials: Sequence[TrialRecord]) -> str:
 
 
 def _headline(trial: TrialRecord, pilot: Pilot) -> str:
-    chosen, steps = pilot.chosen, trial.train_losses[-1][0] if trial.train_losses else 0
+    steps = trial.train_losses[-1][0] if trial.train_losses else 0
     share = f" beside the run's {steps:,}" if steps else ""
-    rates = f"{chosen.learning_rate:g} for A, × {chosen.b_ratio:g} for B, {chosen.projector_learning_rate:g}"
     return (
-        f"{trial.name}, seed {trial.seed}: {rates} for the projector, the best of {len(pilot.tried)}; "
+        f"{trial.name}, seed {trial.seed}: {pilot.chosen.text}, the best of {len(pilot.tried)}; "
         f"{pilot.thrown_away:,} steps thrown away{share}"
     )
 
@@ -45,7 +44,7 @@ def _table(pilot: Pilot) -> str:
         rates = (one.rates.learning_rate, one.rates.b_ratio, one.rates.projector_learning_rate)
         loss = f"{one.loss:.4f}" if math.isfinite(one.loss) else "–"
         outcome = "won" if number in won else _outcome(one, lowest)
-        cells.append([*(f"{rate:g}" for rate in rates), loss, str(one.steps), outcome])
+        cells.append([*("–" if rate is None else f"{rate:g}" for rate in rates), loss, str(one.steps), outcome])
     return table(cells, numeric={0, 1, 2, 3, 4}, marked=won)
 
 
