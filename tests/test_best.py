@@ -28,6 +28,7 @@ from tiny import toy_config, write_toy_data
 BEST = (
     "training.steps=12",
     "training.learning_rate=0.05",  # so large that the loss goes up again, after step 3 and after step 5
+    "training.rates=single",
     "training.save_steps=2",
     "training.keep=best",
     "training.watch_steps=1",

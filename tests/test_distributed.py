@@ -87,6 +87,7 @@ class Home:
             "training.cache_gigabytes=0",
             "training.disk_cache_gigabytes=0",
             "evaluation.max_new_tokens=1",
+            "training.rates=single",  # smaller steps, so that the order of sums shows less
         )
         (folder / "config.yaml").write_text(toy_config(model, data, *options).to_yaml())
         self.other = (f"model={FAMILIES['qwen3_vl'].save(folder / 'qwen3_vl')}",)

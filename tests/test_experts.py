@@ -160,7 +160,7 @@ def test_a_vision_language_mixture_is_trained_and_says_what_is_left_out(tmp_path
     config = toy_config(model, data, "training.steps=2", "profile.steps=3", "schedules=[fine]")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = [str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
-    done = CliRunner().invoke(app, ["tune", *words], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["compare", *words], catch_exceptions=False)
     assert done.exit_code == 0
     notes = json.loads((tmp_path / "run/graph.json").read_text())["notes"]
     assert [note.split(" of ")[0] for note in notes] == [f"not adapted: {STACK}", "not adapted: mlp.gate"]

@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hydra_vlm import measuring, signals
-from hydra_vlm import tune as job
+from hydra_vlm import measuring, schedules, signals
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
 from hydra_vlm.config import TrainingConfig
 from hydra_vlm.data.readers import open_reader
@@ -170,8 +169,8 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     home = tmp_path_factory.mktemp("signals")
     study = prepare_study(toy_config(tiny_model, write_toy_data(home / "toy"), *WISHES), home / "run", quiet)
-    measured = measuring.measure(study, [study.config.profile.signal, *job.needed_kinds(study)], quiet)
-    job.allocate_all(study, measured)
+    measured = measuring.measure(study, [study.config.profile.signal, *schedules.needed_kinds(study)], quiet)
+    schedules.allocate_all(study, measured)
     return home
 
 
@@ -193,18 +192,18 @@ def test_signals_are_read_back_and_bound_to_the_run(
 ) -> None:
     run = finished / "run"
     same = toy_config(tiny_model, finished / "toy", *WISHES, "profile.signal=activation_spectrum")
-    measured = job.profile(same, run, quiet)  # another kind beside those that are there
+    measured = train.profile(same, run, quiet)  # another kind beside those that are there
     assert isinstance(measured, Signal)
     assert measured.steps == 4
     monkeypatch.setattr(measuring, "finetune", None)
-    assert job.profile(same, run, quiet) == measured
+    assert train.profile(same, run, quiet) == measured
     other = toy_config(tiny_model, finished / "toy", *WISHES, "allocation.signal=sensitivity")
     with pytest.raises(RunFolderError, match=r"allocation\.signal: 'effective_rank' there, 'sensitivity' now"):
-        job.profile(other, run, quiet)
+        train.profile(other, run, quiet)
     stored = RunFolder(run).signal("activation_spectrum")
     stored.write_text(stored.read_text()[:50])
     with pytest.raises(RunFolderError, match=r"activation_spectrum\.json.*remove it, and it is measured again"):
-        job.profile(same, run, quiet)
+        train.profile(same, run, quiet)
     stored.unlink()
 
 
@@ -234,7 +233,7 @@ def test_a_new_kind_takes_one_file(
         toy_config(tiny_model, finished / "toy", "profile.signal=weight_norm")
     monkeypatch.setattr(signals, "RECORDERS", tmp_path)
     monkeypatch.setattr(folder, "__path__", [str(tmp_path)])
-    measured = job.profile(
+    measured = train.profile(
         toy_config(tiny_model, finished / "toy", "profile.signal=weight_norm"), tmp_path / "run", quiet
     )
     assert isinstance(measured, Signal)
