@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hydra_vlm import measuring, schedules, signals
+from hydra_vlm import measuring, schedules, signals, train
 from hydra_vlm.allocation import AllocationRequest, Budget, allocate
 from hydra_vlm.config import TrainingConfig
 from hydra_vlm.data.readers import open_reader
