@@ -22,7 +22,10 @@ def check(folder: Path, *words: str, kills: int = 20) -> None:
     assert len(found["moments"]) >= 3, "kills fell in different places"
 
 
-@pytest.mark.parametrize(("workers", "sampler"), [("1", "phi"), ("2", "phi"), ("2", "evolution")])
+@pytest.mark.parametrize(
+    ("workers", "sampler"),
+    [("2", "phi"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("1", "phi"), ("2", "evolution")])],
+)
 def test_twenty_kills_change_no_trial(tmp_path: Path, workers: str, sampler: str) -> None:
     check(tmp_path, "--workers", workers, "--sampler", sampler)
 
