@@ -65,7 +65,7 @@ def test_all_candidates_cost_a_fifth(steps: int) -> None:
         tried.append(Tried(GUESS, 1.0, length.trunk + length.cooling))
     thrown = sum(one.steps for one in tried) - (length.trunk if tried else 0)
     assert thrown <= 0.2 * steps
-    assert len(tried) >= (3 if steps >= 140 else 2 if steps >= 60 else 0)
+    assert len(tried) >= (3 if steps >= 200 else 2 if steps >= 60 else 0)
     assert length.is_worthwhile == (len(tried) >= 2)
 
 

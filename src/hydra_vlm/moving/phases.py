@@ -41,8 +41,8 @@ MOVES = "ranks.json"
 LOOKED_AT = 256
 """Records of the training set whose inputs make the metric."""
 
-SLICE = 96
-"""Records of the validation set on which a probe is made."""
+SLICE = 128
+"""Records of the validation set on which probes and the losses on both sides of a move are taken."""
 
 
 @contextmanager
@@ -145,15 +145,15 @@ def _move(
         found = spectra(model, parts, metrics)
         with cut_by(model, parts, metrics) as cut:
 
-            def loss(schedule: RankSchedule, limit: int | None) -> float:
+            def loss(schedule: RankSchedule) -> float:
                 if validation is None:
                     return math.nan
                 cut(schedule)
-                return measure.loss(validation, sample_numbers(len(validation), limit))
+                return measure.loss(validation, sample_numbers(len(validation), SLICE))
 
             evidence = Evidence(request, found, seed=job.seed)
-            decision = DECIDERS[settings.decide](evidence, lambda schedule: loss(schedule, SLICE))
-            losses = loss(before, None), loss(decision.schedule, None)
+            decision = DECIDERS[settings.decide](evidence, loss)
+            losses = loss(before), loss(decision.schedule)
     checkpoint = last_whole_checkpoint(folder)
     assert checkpoint is not None  # of the leg just done
     made = resize_all(model, parts, decision.schedule, metrics, job.seed)
