@@ -21,7 +21,7 @@ from striking import OPTIONS, Place, killing
 from tiny import toy_config, write_toy_data
 
 GUESS = Tuned(4e-3, 4.0, 1e-3)
-RUN = (*OPTIONS, "training.steps=60", "training.save_steps=100", "budget.rank=2", "training.learning_rate=0.02")
+RUN = (*OPTIONS, "training.steps=40", "training.save_steps=100", "budget.rank=2", "training.learning_rate=0.02")
 
 
 def quiet(_: str) -> None:
@@ -59,13 +59,13 @@ def test_ties_go_to_the_lower_rate_and_what_diverged_never_wins() -> None:
 
 
 @given(st.integers(1, 20_000))
-def test_all_candidates_cost_a_fifth(steps: int) -> None:
+def test_all_candidates_cost_a_fifth_or_a_third(steps: int) -> None:
     length, tried = Length.of(steps), list[Tried]()
     while length.affords(tried):
         tried.append(Tried(GUESS, 1.0, length.trunk + length.cooling))
     thrown = sum(one.steps for one in tried) - (length.trunk if tried else 0)
-    assert thrown <= 0.2 * steps
-    assert len(tried) >= (3 if steps >= 200 else 2 if steps >= 60 else 0)
+    assert thrown <= (0.2 if steps >= 600 else 0.35) * steps
+    assert steps < 50 or len(tried) >= 3
     assert length.is_worthwhile == (len(tried) >= 2)
 
 
@@ -103,11 +103,11 @@ def test_the_winner_is_gone_on_from_and_a_stopped_pilot_ends_the_same(
     whole = Place(tiny_model, toy, tmp_path / "whole", monkeypatch)
     record = piloted(whole)
     assert record.pilot is not None
-    assert len(record.pilot.tried) >= 2
+    assert len(record.pilot.tried) >= 3
     assert record.learning_rates["a"] == record.pilot.chosen.learning_rate
-    assert record.pilot.thrown_away <= 0.2 * 60
+    assert record.pilot.thrown_away <= 0.35 * 40
     assert Pilot.from_json(json.loads(json.dumps(record.pilot.to_json()))) == record.pilot
-    assert [step for step, _ in record.train_losses] == list(range(1, 61))
+    assert [step for step, _ in record.train_losses] == list(range(1, 41))
     plain = Place(tiny_model, toy, tmp_path / "plain", monkeypatch)
     chosen = [f"training.{key}={value}" for key, value in record.pilot.chosen.to_json().items()]
     alone = plain.train(*RUN, *chosen)
